@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: make quickstart, make test. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all test-slow check bench bench-gpu tiny clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/mantis-lite quickstart --from-scratch
+
+test: .venv/installed
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+test-all: test test-slow
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.preparation
+
+# On a machine with an NVIDIA GPU, in an environment that holds the package.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu_step
+
+tiny: .venv/installed
+	$(BIN)/python -m mantis_lite.tiny.build mantis_lite/tiny/checkpoint
+
+clean:
+	rm -rf .venv runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,53 @@
+"""Encoded samples -> one row. The only place that builds a batch, because every mistake in one is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .encode import IGNORE, Encoded
+
+Batch = dict[str, Any]
+
+
+def collate(samples: Sequence[Encoded]) -> Batch:
+    """Lay samples end to end in one row, so that none can attend to another.
+
+    input_ids, labels (1, T), the first label of each sample -100; position_ids (1, T) restarting at 0 for each sample;
+    cu_seq_lens_q and _k (S + 1,) int32, the boundaries; max_length_q and _k, tokens of the longest sample; pixels by
+    name (N, ...) in reading order, absent where no sample has a picture; `use_cache` False.
+
+    There is no attention_mask, and a cache must not be made: with either, transformers no longer looks for the
+    restarts in position_ids and lets the samples see each other, without an error (tests/test_isolation.py).
+
+    >>> a, b = (Encoded(np.array(ids), np.array(ids), {}) for ids in ([5, 6, 7], [8, 9]))
+    >>> batch = collate([a, b])
+    >>> batch["input_ids"], batch["labels"]
+    (tensor([[5, 6, 7, 8, 9]]), tensor([[-100,    6,    7, -100,    9]]))
+    >>> batch["position_ids"], batch["cu_seq_lens_q"]
+    (tensor([[0, 1, 2, 0, 1]]), tensor([0, 3, 5], dtype=torch.int32))
+    """
+    lengths = [len(sample) for sample in samples]
+    labels = [np.where(np.arange(len(s)) == 0, IGNORE, s.labels) for s in samples]
+    ends = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    batch: Batch = {
+        "input_ids": _row([sample.input_ids for sample in samples]),
+        "labels": _row(labels),
+        "position_ids": _row([np.arange(length) for length in lengths]),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "use_cache": False,
+    }
+    with_pixels = [sample.pixels for sample in samples if sample.pixels]
+    for name in with_pixels[0] if with_pixels else ():
+        batch[name] = torch.from_numpy(np.concatenate([pixels[name] for pixels in with_pixels]))
+    return batch
+
+
+def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts)[None])

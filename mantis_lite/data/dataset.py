@@ -1,0 +1,123 @@
+"""Samples and a budget -> the packs of a whole run, in order, as the dataset the trainer walks through once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..errors import SampleError
+from ..recipe import PackingRecipe
+from .collate import Batch, collate
+from .encode import Encoded, Encoder
+from .packing import Length, plan
+from .prepare import Samples
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every pack of a run in training order, and how many packs each epoch has that the run begins."""
+
+    packs: list[list[int]]
+    epoch_sizes: list[int]
+    accumulation: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(len(self.packs) / self.accumulation)
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after a number of optimizer steps."""
+        left = min(step * self.accumulation, len(self.packs))
+        for done, size in enumerate(self.epoch_sizes):
+            if left < size:
+                return done + left / size
+            left -= size
+        return float(len(self.epoch_sizes))
+
+
+def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0) -> list[list[int]]:
+    """The packs of one epoch, by seed and epoch; one sample a pack where packing is off."""
+    indices = _draw(samples, packing.seed, epoch)
+    if packing.enabled:
+        budget = Length(packing.max_length, packing.max_patches or 0)
+        return [indices[pack].tolist() for pack in plan(samples.lengths[indices], budget, packing.seed, epoch)]
+    return [[i] for i in np.random.default_rng((packing.seed, epoch)).permutation(indices).tolist()]
+
+
+def schedule(samples: Samples, packing: PackingRecipe, train: dict[str, Any]) -> Schedule:
+    """Lay out all packs of a run: `num_train_epochs` of them, or enough for `max_steps`."""
+    first = pack_epoch(samples, packing)
+    accumulation = _accumulation(samples, first, train)
+    epochs, max_packs = float(train.get("num_train_epochs", 3)), train.get("max_steps", -1) * accumulation
+    packs: list[list[int]] = []
+    sizes: list[int] = []
+    while len(packs) < max_packs if max_packs > 0 else len(sizes) < epochs:
+        new = pack_epoch(samples, packing, len(sizes)) if sizes else first
+        share = 1.0 if max_packs > 0 else min(1.0, epochs - len(sizes))
+        packs += new[: math.ceil(len(new) * share)]
+        sizes.append(len(new))
+    return Schedule(packs[:max_packs] if max_packs > 0 else packs, sizes, accumulation)
+
+
+def pack_dataset(
+    packs: list[list[int]], samples: Sequence[Any], encoder: Encoder, broken: Callable[[SampleError], None]
+) -> datasets.Dataset:
+    """A datasets.Dataset with a row a pack, encoded when it is asked for: pixels are decoded nowhere else.
+
+    `broken` is told of a picture whose header was sound and whose pixels are not; where it returns, the pack goes on
+    without that sample, and a pack with no other is an error.
+    """
+
+    def encode(rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
+        return {"encoded": [_encode(pack, samples, encoder, broken) for pack in rows["pack"]]}
+
+    features = datasets.Features({"pack": datasets.List(datasets.Value("int64"))})
+    return datasets.Dataset.from_dict({"pack": packs}, features=features).with_transform(encode)
+
+
+def collate_packs(rows: list[dict[str, list[Encoded]]]) -> Batch:
+    """The collator of `pack_dataset`'s rows: one pack, or several laid end to end."""
+    return collate([sample for row in rows for sample in row["encoded"]])
+
+
+def _encode(
+    pack: list[int], samples: Sequence[Any], encoder: Encoder, broken: Callable[[SampleError], None]
+) -> list[Encoded]:
+    encoded = []
+    for index in pack:
+        try:
+            encoded.append(encoder.encode(samples[index]))
+        except SampleError as error:
+            broken(error)
+            if len(pack) == 1:
+                raise
+    assert encoded, "a pack of broken samples only"
+    return encoded
+
+
+def _draw(samples: Samples, seed: int, epoch: int) -> np.ndarray:
+    """Indices of one epoch: each source's samples as often as its weight says, a broken share drawn by chance."""
+    random = np.random.default_rng((seed, epoch, 1))
+    drawn = []
+    for source, weight in enumerate(samples.weights):
+        members = np.flatnonzero(samples.source == source)
+        whole, share = int(weight), weight - int(weight)
+        drawn += [members] * whole
+        drawn.append(random.permutation(members)[: round(len(members) * share)])
+    return np.concatenate(drawn)
+
+
+def _accumulation(samples: Samples, packs: list[list[int]], train: dict[str, Any]) -> int:
+    """Packs in an optimizer step, from the step's size in samples or tokens and the average pack's."""
+    if "samples_per_step" in train:
+        size = sum(map(len, packs)) / len(packs)
+        return max(1, round(train["samples_per_step"] / size))
+    if "tokens_per_step" in train:
+        size = sum(samples.lengths[pack, 0].sum() for pack in packs) / len(packs)
+        return max(1, round(train["tokens_per_step"] / size))
+    return train.get("gradient_accumulation_steps", 1)

@@ -1,0 +1,86 @@
+"""Pictures: their size from the header alone, and their pixels. Both agree on the size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import PIL.Image
+
+from mantis_lite.data.schema import Image, Sample
+from mantis_lite.errors import SampleError
+
+MIN_SIDE = 16  # px: upstream enlarges smaller pictures, for the vision processors' sake
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+
+
+def size(image: Image, sample: Sample, max_size: int | None = None) -> tuple[int, int]:
+    """The (width, height) in pixels that `open_image` will return, from the header; raises SampleError."""
+    with _opened(image, sample) as picture:
+        return _fitted(picture.size, max_size)
+
+
+def open_image(image: Image, sample: Sample, max_size: int | None = None) -> PIL.Image.Image:
+    """Decode a picture to RGB, its longest side at most `max_size` pixels; raises SampleError.
+
+    As upstream: transparency is dropped; a shorter side below 16 px is enlarged to 16, whatever `max_size`.
+    """
+    with _opened(image, sample) as picture:
+        # No EXIF transposition, as upstream does none: pictures are seen as they were in training.
+        wanted = _fitted(picture.size, max_size)
+        pixels = picture.convert("RGB")
+        return pixels if pixels.size == wanted else pixels.resize(wanted)
+
+
+def _fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:
+    scale = min(1.0, max_size / max(found)) if max_size else 1.0
+    if int(min(found) * scale) < MIN_SIDE:
+        scale = MIN_SIDE / min(found)
+    return int(found[0] * scale), int(found[1] * scale)  # rounded down, as upstream rounds
+
+
+@contextmanager
+def _opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
+    """Open the header; a failure here or in the body, where pixels are read, becomes a SampleError."""
+    try:
+        with PIL.Image.open(
+            io.BytesIO(image.source) if isinstance(image.source, bytes) else image.source
+        ) as picture:
+            if picture.mode.startswith(("I", "F")):
+                # Pillow would clip these to white without a word.
+                raise ValueError(f"more than 8 bits a colour (mode {picture.mode})")
+            yield picture
+    except FileNotFoundError:
+        raise _missing(image, sample) from None
+    except PIL.UnidentifiedImageError:
+        raise _unreadable(image, sample, "not a picture in a format that Pillow knows") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise _unreadable(image, sample, f"too large: {error}") from None
+    except OSError as error:
+        raise _unreadable(image, sample, error.strerror or str(error)) from None
+    except (SyntaxError, ValueError) as error:  # Pillow's own, for a broken PNG and the like
+        raise _unreadable(image, sample, str(error)) from None
+
+
+def _unreadable(image: Image, sample: Sample, reason: str) -> SampleError:
+    name = str(image.source)
+    if isinstance(image.source, bytes):
+        place = next((at for at, other in enumerate(sample.images, 1) if other is image), "?")
+        name = f"picture {place}, given as {len(image.source):,} bytes,"
+    found = f"{name} cannot be read: {reason}"
+    return SampleError(
+        sample.where, found, "Replace it with an 8-bit PNG or JPEG, or drop the row.", sample.id
+    )
+
+
+def _missing(image: Image, sample: Sample) -> SampleError:
+    """Name the nearest file, where upstream would take it without a word."""
+    assert isinstance(image.source, Path)
+    others = [image.source.with_suffix(suffix) for suffix in SUFFIXES]
+    near = next((other.name for other in others if other.is_file()), None)
+    remedy = f"Did you mean {near}? " if near else "A path in a row starts at the folder of the data file. "
+    return SampleError(
+        sample.where, f"no such file: {image.source}", remedy + "Mend the path in the row.", sample.id
+    )

@@ -1,0 +1,186 @@
+"""A recipe's data -> the samples that can be trained on, with their lengths, and a count of all that cannot."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError, FitError, SampleError
+from ..recipe import DataRecipe, PackingRecipe, SourceRecipe
+from .encode import Encoder
+from .lengths import LengthCache, content_key
+from .packing import Length
+from .schema import Sample, parse
+from .source import Rows, expand, open_source
+
+CHUNK = 1024  # rows measured together, so that the tokenizer works on many texts at once
+MAX_REJECTED = 0.01
+
+
+@dataclass
+class Samples(Sequence[Sample]):
+    """The accepted samples of all sources, parsed when they are asked for.
+
+    lengths (S, 2), tokens and patches; source (S,) and row (S,) say where each stands; weights (sources,).
+    """
+
+    rows: list[Rows]
+    source: np.ndarray
+    row: np.ndarray
+    lengths: np.ndarray
+    weights: list[float]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, index):
+        rows, at = self.rows[self.source[index]], int(self.row[index])
+        return parse(rows.row(at), rows.where(at), rows.root)
+
+    def take(self, indices: np.ndarray) -> Samples:
+        return Samples(self.rows, self.source[indices], self.row[indices], self.lengths[indices], self.weights)
+
+
+@dataclass
+class Prepared:
+    """Training and held-out samples, and what became of every row that was read."""
+
+    train: Samples
+    held_out: Samples | None
+    rejects: list[SampleError] = field(default_factory=list)
+    notices: Counter[str] = field(default_factory=Counter)
+    rows_read: int = 0
+    oversize: int = 0
+
+
+def prepare(data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: int = 42) -> Prepared:
+    """Read, check and measure every row; opens no picture beyond its header.
+
+    A row that cannot be trained on is an error, or with `on_bad_row=skip` is counted, and more than 1% of them is an
+    error all the same. Raises SampleError, FitError, DataError.
+    """
+    cache = LengthCache(encoder.fingerprint)
+    prepared = Prepared(train=_none(), held_out=None)
+    reader = _Reader(data, packing, encoder, cache, prepared)
+    prepared.train = reader.read(data.sources)
+    if isinstance(data.eval, str):
+        prepared.held_out = reader.read([SourceRecipe(path=data.eval)])
+    elif data.eval is not None:
+        order = np.random.default_rng(seed).permutation(len(prepared.train))
+        held_out = max(1, round(len(order) * data.eval))
+        prepared.held_out = prepared.train.take(np.sort(order[:held_out]))
+        prepared.train = prepared.train.take(np.sort(order[held_out:]))
+    cache.save()
+    if not len(prepared.train):
+        raise DataError(f"{data.sources[0].path}: no row is left to train on, of {prepared.rows_read} read")
+    return prepared
+
+
+def write_rejects(rejects: Sequence[SampleError], path: Path) -> None:
+    """Append one line a rejected row: where, id, what was found and the remedy."""
+    with path.open("a") as file:
+        for reject in rejects:
+            fields = {"where": reject.where, "id": reject.sample_id, "found": reject.found, "remedy": reject.remedy}
+            file.write(json.dumps(fields) + "\n")
+
+
+def too_large(sample: Sample, length: Length, packing: PackingRecipe) -> FitError | None:
+    """What to say of a sample that no pack can hold, or None."""
+    if length.tokens > packing.max_length:
+        found = f"needs {length.tokens:,} tokens ({len(sample.images)} images); packing.max_length is {packing.max_length:,}"
+        remedy = "Raise packing.max_length, or set data.oversize=drop."
+    elif packing.max_patches and length.patches > packing.max_patches:
+        found = f"needs {length.patches:,} patches ({len(sample.images)} images); packing.max_patches is {packing.max_patches:,}"
+        remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
+    else:
+        return None
+    return FitError(sample.where, found, remedy, sample.id)
+
+
+def _none() -> Samples:
+    empty = np.zeros(0, dtype=np.int64)
+    return Samples([], empty, empty, np.zeros((0, 2), dtype=np.int64), [])
+
+
+@dataclass
+class _Reader:
+    data: DataRecipe
+    packing: PackingRecipe
+    encoder: Encoder
+    cache: LengthCache
+    prepared: Prepared
+
+    def read(self, sources: list[SourceRecipe]) -> Samples:
+        opened = [(spec, open_source(spec)) for source in sources for spec in _specs(source)]
+        kept: list[tuple[int, int, int, int]] = []
+        for number, (_, rows) in enumerate(opened):
+            self.prepared.rows_read += len(rows)
+            for reason, count in rows.dropped.items():
+                self.prepared.notices[reason] += count
+            for start in range(0, len(rows), CHUNK):
+                chunk = range(start, min(start + CHUNK, len(rows)))
+                kept += [(number, i, *length) for i, length in self._measure(rows, chunk)]
+        allowed = max(1, MAX_REJECTED * self.prepared.rows_read)
+        if len(self.prepared.rejects) > allowed:
+            raise self._too_many()
+        table = np.array(kept, dtype=np.int64).reshape(-1, 4)
+        weights = [spec.weight for spec, _ in opened]
+        return Samples([rows for _, rows in opened], table[:, 0], table[:, 1], table[:, 2:], weights)
+
+    def _measure(self, rows: Rows, chunk: range) -> Iterator[tuple[int, Length]]:
+        samples = [(i, sample) for i in chunk if (sample := self._parse(rows, i)) is not None]
+        keys = [content_key(sample) for _, sample in samples]
+        lengths = [self.cache.get(key) for key in keys]
+        unknown = [at for at, length in enumerate(lengths) if length is None]
+        measured = self.encoder.measure([samples[at][1] for at in unknown])
+        for at, length in zip(unknown, measured, strict=True):
+            if isinstance(length, SampleError):
+                self._reject(length)
+            else:
+                lengths[at] = length
+                self.cache.put(keys[at], length)
+        for (i, sample), length in zip(samples, lengths, strict=True):
+            if length is not None and self._fits(sample, length):
+                self.prepared.notices.update(sample.notices)
+                yield i, length
+
+    def _parse(self, rows: Rows, i: int) -> Sample | None:
+        try:
+            return parse(rows.row(i), rows.where(i), rows.root)
+        except SampleError as error:
+            self._reject(error)
+            return None
+
+    def _reject(self, error: SampleError) -> None:
+        if self.data.on_bad_row == "error":
+            raise error
+        self.prepared.rejects.append(error)
+
+    def _fits(self, sample: Sample, length: Length) -> bool:
+        error = too_large(sample, length, self.packing)
+        if error is None:
+            return True
+        if self.data.oversize == "error":
+            raise error
+        self.prepared.oversize += 1
+        return False
+
+    def _too_many(self) -> DataError:
+        rejects, rows = self.prepared.rejects, self.prepared.rows_read
+        share = len(rejects) / rows
+        return DataError(
+            f"{len(rejects)} of {rows} rows cannot be trained on ({share:.1%}), more than the 1% that may be skipped; "
+            f"the first is\n  {rejects[0]}"
+        )
+
+
+def _specs(source: SourceRecipe) -> list[SourceRecipe]:
+    """A source itself, or those that an upstream data_config.yaml lists."""
+    if not source.path.endswith((".yaml", ".yml")):
+        return [source]
+    return [SourceRecipe(**(settings | {"weight": source.weight})) for settings in expand(source.path)]

@@ -1,0 +1,38 @@
+"""What a user can get wrong, each with the exit code the command line ends with."""
+
+
+class MantisError(ValueError):
+    """A mistake a user can mend; the message says where, what was found and what to do."""
+
+    exit_code = 1
+
+
+class RecipeError(MantisError):
+    """A recipe key or value that cannot be honoured."""
+
+    exit_code = 2
+
+
+class DataError(MantisError):
+    """A data source, as a whole, that cannot be read."""
+
+    exit_code = 3
+
+
+class SampleError(DataError):
+    """One row that cannot be trained on, named by file, row and id.
+
+    `where` is "train.jsonl:12", `found` says what is wrong and `remedy` what to do about it.
+    """
+
+    def __init__(self, where: str, found: str, remedy: str, sample_id: str | None = None) -> None:
+        self.where, self.found, self.remedy, self.sample_id = where, found, remedy, sample_id
+        named = f'{where} (id "{sample_id}")' if sample_id is not None else where
+        super().__init__(f"{named}: {found}\n  {remedy}")
+
+    def __reduce__(self):  # an error raised in a DataLoader worker is pickled on its way to the user
+        return type(self), (self.where, self.found, self.remedy, self.sample_id)
+
+
+class FitError(SampleError):
+    """One row that is larger than a pack."""

@@ -1,0 +1,96 @@
+"""Attention a segment at a time: each sample of a pack attends within itself, and no T x T mask is ever made.
+
+Registered through transformers' AttentionInterface and AttentionMaskInterface, and set on the language model alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+SEGMENT = "mantis_segment"
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each of a pack's samples.
+
+    query (1, H, T, D), key and value (1, K, T, D) with K dividing H; `cu_seq_lens_q` (S + 1,) holds the boundaries.
+    Returns (1, T, H, D). On a GPU in 16 bits it is one variable-length flash kernel, else one SDPA call a segment.
+    """
+    assert cu_seq_lens_q is not None and max_length_q is not None, "a batch without the boundaries of its samples"
+    assert attention_mask is None and query.shape[0] == 1 and not dropout
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_varlen():
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
+    ends = cu_seq_lens_q.tolist()
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+@cache
+def _has_varlen() -> bool:
+    """Whether this torch and GPU have the variable-length flash kernel (Ampere and newer)."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        **({"enable_gqa": True} if groups > 1 else {}),
+    )
+    return out[None]
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention of the language model: "segment" (or "auto") for packs, else one of transformers' own."""
+    AttentionInterface.register(SEGMENT, segment_attention)
+    AttentionMaskInterface.register(SEGMENT, _no_mask)
+    language_model = model.get_decoder()
+    language_model.set_attn_implementation(SEGMENT if name in ("auto", "segment") else name)

@@ -1,0 +1,69 @@
+"""Weights: in the precision the machine has, in 4 bits where asked for, with attention for packs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+
+from ..errors import RecipeError
+from ..recipe import Recipe
+from . import llava
+from .attention import use_attention
+from .checkpoint import Checkpoint
+
+
+def working_dtype() -> torch.dtype:
+    """float32 on a CPU; bfloat16 where the GPU has it (compute capability 8.0 and newer), else float16."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
+    """Load a checkpoint's weights for training under a recipe.
+
+    Full fine-tuning holds its weights in float32 and computes in the working dtype. Raises RecipeError where the
+    weights do not fit the architecture exactly.
+    """
+    dtype = torch.float32 if recipe.method == "full" else working_dtype()
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        checkpoint.name,
+        revision=checkpoint.revision,
+        dtype=dtype,
+        quantization_config=_quantization(recipe, dtype),
+        device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
+        output_loading_info=True,
+    )
+    faults = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info[name]}
+    if faults:
+        found = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, first {keys[0]}" for name, keys in faults.items())
+        raise RecipeError(f"model: the weights of {checkpoint.name} do not fit the architecture: {found}")
+    if recipe.quantized:
+        _check_quantized(model)
+    use_attention(model, recipe.memory.attention)
+    return model
+
+
+def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if not recipe.quantized:
+        return None
+    skipped = [path for part, path in llava.PARTS.items() if part not in recipe.quantized]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # A list given replaces the default one, which keeps lm_head; names are whole prefixes.
+        llm_int8_skip_modules=["lm_head", *skipped],
+    )
+
+
+def _check_quantized(model: PreTrainedModel) -> None:
+    """The skip list is matched by name and says nothing where it matches nothing: count what is in 4 bits."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            wanted = name.startswith(llava.PARTS["language_model"] + ".")
+            assert isinstance(module, Linear4bit) == wanted, f"{name} is quantised, or is not, against the recipe"

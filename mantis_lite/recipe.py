@@ -1,0 +1,417 @@
+"""A recipe: every setting of a run, from YAML and `key=value`, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from .errors import RecipeError
+
+Part = Literal["language_model", "projector", "vision_tower"]
+Training = Literal["frozen", "adapter", "full"]
+Positive = Annotated[int, Field(gt=0)]
+
+DEFAULTS = {"chat": "chat-siglip-llama3-qlora"}
+
+REFUSED = {
+    "per_device_train_batch_size": "a pack is the batch; size it with packing.max_length, and the step with "
+    "train.tokens_per_step or train.samples_per_step",
+    "per_device_eval_batch_size": "a pack is the batch; size it with packing.max_length",
+    "output_dir": "the run's folder is run_dir",
+    "remove_unused_columns": "the batch is made by the package, and nothing in it is unused",
+    "hub_token": "a token does not belong in a recipe, which is saved with the run; log in with `hf auth login`",
+    "gradient_checkpointing": "set memory.checkpointing",
+    "gradient_checkpointing_kwargs": "set memory.checkpointing",
+    "optim": "set memory.optimizer",
+    "eval_strategy": "set eval.every",
+    "eval_steps": "set eval.every",
+    "do_eval": "set data.eval",
+    "train_sampling_strategy": "the plan orders the packs; set packing.seed",
+    "use_liger_kernel": "set memory.kernels",
+    "deepspeed": "set launch.strategy",
+    "fsdp": "set launch.strategy",
+}
+
+# Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
+UNBUILT = {
+    "trainable.lr": "one learning rate for all parts: train.learning_rate",
+    "media.image_splitting": "no family trained here splits images",
+    "media.num_frames": "video is not trained here yet",
+    "media.fps": "video is not trained here yet",
+    "media.max_frames": "video is not trained here yet",
+    "media.sampling": "video is not trained here yet",
+    "media.frame_label": "video is not trained here yet",
+    "head": "classification is not trained here yet",
+    "memory.offload_activations": "not available yet",
+    "memory.vision_cache": "not available yet",
+    "memory.fit": "not available yet",
+    "eval.benchmarks": "not available yet",
+    "eval.metric": "not available yet",
+    "eval.patience": "not available yet",
+    "launch": "one GPU only for now",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecipe(Section):
+    name: str
+    revision: str | None = None
+
+
+class SourceRecipe(Section):
+    path: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    max_size: Positive | None = None
+    shuffle: StrictBool = False
+    max_num_images: Positive | None = None
+    vl_only: StrictBool = False
+
+
+class DataRecipe(Section):
+    sources: Annotated[list[SourceRecipe], Field(min_length=1)]
+    on_bad_row: Literal["error", "skip"] = "error"
+    oversize: Literal["error", "drop"] = "error"
+    eval: float | str | None = None
+
+
+class TrainableRecipe(Section):
+    language_model: Training | None = None
+    projector: Training | None = None
+    vision_tower: Training | None = None
+    lr: dict[Part, float] | None = None
+
+
+class LoraRecipe(Section):
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dora: StrictBool = False
+    rslora: StrictBool = False
+    target_modules: list[str] | None = None
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
+
+
+class PromptRecipe(Section):
+    template: Literal["auto", "llama_3", "mllava_v1"] = "auto"
+    system: str | None = None
+    labels: Literal["answer", "upstream"] = "answer"
+
+
+class MediaRecipe(Section):
+    image_splitting: StrictBool = False
+    max_image_size: Positive | None = None
+    backend: Literal["pil"] = "pil"
+    num_frames: Positive | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+    max_frames: Positive | None = None
+    sampling: Literal["uniform", "upstream"] = "uniform"
+    frame_label: str | None = None
+
+
+class PackingRecipe(Section):
+    enabled: StrictBool = True
+    max_length: Positive = 8192
+    max_patches: Positive | None = None
+    seed: int = 42
+
+
+class HeadRecipe(Section):
+    problem: Literal["regression", "single_label", "multi_label"] | None = None
+    labels: list[str] | None = None
+    score: Literal["last_token", "special_tokens"] = "last_token"
+    class_weights: list[float] | None = None
+
+
+class MemoryRecipe(Section):
+    quantize: list[Part] | None = None
+    attention: Literal["auto", "segment", "sdpa", "eager"] = "auto"
+    kernels: Literal["auto", "off"] = "auto"
+    checkpointing: Literal["auto", "full", "off"] = "auto"
+    offload_activations: StrictBool = False
+    vision_cache: Literal["off", "memory", "disk"] = "off"
+    optimizer: str = "auto"
+    fit: Literal["auto", "off"] = "auto"
+
+
+class EvalRecipe(Section):
+    every: Positive | None = None
+    benchmarks: list[str] | None = None
+    metric: str | None = None
+    patience: Positive | None = None
+
+
+class LaunchRecipe(Section):
+    strategy: Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"] = "single"
+    gpus: Positive | None = None
+    nodes: Positive = 1
+
+
+class Recipe(Section):
+    """Every setting of a run; one home each.
+
+    `train` holds TrainingArguments' own names, plus `tokens_per_step` or `samples_per_step`.
+    """
+
+    model: ModelRecipe
+    data: DataRecipe
+    task: Literal["chat", "video", "classify", "pretrain"] = "chat"
+    method: Literal["lora", "qlora", "full"] = "qlora"
+    run_dir: Path
+    trainable: TrainableRecipe = TrainableRecipe()
+    lora: LoraRecipe = LoraRecipe()
+    prompt: PromptRecipe = PromptRecipe()
+    media: MediaRecipe = MediaRecipe()
+    packing: PackingRecipe = PackingRecipe()
+    head: HeadRecipe = HeadRecipe()
+    memory: MemoryRecipe = MemoryRecipe()
+    eval: EvalRecipe = EvalRecipe()
+    launch: LaunchRecipe = LaunchRecipe()
+    train: dict[str, Any] = {}
+
+    def part(self, name: Part) -> Training:
+        """How a part trains: what is written out, else the method's default."""
+        written = getattr(self.trainable, name)
+        if written is not None:
+            return written
+        if self.method == "full":
+            return "frozen" if name == "vision_tower" else "full"
+        return "adapter" if name == "language_model" else "frozen"
+
+    @property
+    def parts(self) -> dict[Part, Training]:
+        return {name: self.part(name) for name in ("language_model", "projector", "vision_tower")}
+
+    @property
+    def quantized(self) -> list[Part]:
+        """The parts held in 4 bits."""
+        if self.memory.quantize is not None:
+            return self.memory.quantize
+        return ["language_model"] if self.method == "qlora" else []
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by name or file and apply `key=value` overrides, dots for nesting.
+
+    Values are YAML 1.2: `true` and `false` alone are booleans, `1e-4` is a number. Raises RecipeError, one line a
+    mistake.
+    """
+    path = find_recipe(str(name))
+    settings = _expand(_read_yaml(path), str(path))
+    for override in overrides:
+        settings = _merge(settings, _expand(_parse_override(override), override))
+    settings.setdefault("run_dir", f"runs/{path.stem}")
+    return make_recipe(settings)
+
+
+def make_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """Check a nested mapping of settings and return the Recipe; raises RecipeError."""
+    settings = _expand(dict(settings), "recipe")
+    if not settings.get("data"):
+        raise RecipeError("data: no data was given\n  Add data=my.json, or a `data:` key to the recipe.")
+    try:
+        recipe = Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(detail) for detail in error.errors())) from None
+    problems = [*_unbuilt(recipe), *_train_problems(recipe.train), *_conflicts(recipe)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every setting of the recipe, defaults included, as YAML that `load_recipe` reads back."""
+    with path.open("w") as file:
+        _yaml().dump(recipe.model_dump(mode="json"), file)
+
+
+def recipes_dir() -> Path:
+    """The folder of recipes: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path to a YAML file, a name in `recipes_dir()`, or a task's default recipe."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(f"{name}: no such file\n  `mantis-lite recipes list` shows the recipes that come with it.")
+        return path
+    path = recipes_dir() / f"{DEFAULTS.get(name, name)}.yaml"
+    if path.is_file():
+        return path
+    known = [*DEFAULTS, *(file.stem for file in recipes_dir().glob("*.yaml"))]
+    raise RecipeError(f"{name}: no such recipe{_did_you_mean(name, known)}\n  There are: {', '.join(sorted(known))}.")
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `off` and `no` stay strings, `1e-4` is a number
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    return yaml
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = _yaml().load(path.read_text())
+    except YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, found {type(settings).__name__}")
+    return settings
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override}: not an override\n  Write key=value, for example packing.max_length=4096.")
+    try:
+        value = _yaml().load(io.StringIO(text))
+    except YAMLError:
+        value = text  # a path or sentence with YAML's own characters in it
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _expand(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Write shorthands out: `model: x`, `data: x | [x, ...]`, `packing: off`."""
+    settings = dict(settings)
+    if isinstance(settings.get("model"), str):
+        settings["model"] = {"name": settings["model"]}
+    data = settings.get("data")
+    if isinstance(data, str | list):
+        settings["data"] = {"sources": data}
+    if isinstance(settings.get("data"), dict) and "sources" in settings["data"]:
+        sources = settings["data"]["sources"]
+        sources = sources if isinstance(sources, list) else [sources]
+        settings["data"] = settings["data"] | {
+            "sources": [{"path": s} if isinstance(s, str) else s for s in sources],
+        }
+    if (packing := settings.get("packing")) is not None and not isinstance(packing, dict):
+        if packing not in ("on", "off", True, False):
+            raise RecipeError(f"packing: expected on, off or its keys, found {packing!r} in {where}")
+        settings["packing"] = {"enabled": packing in ("on", True)}
+    return settings
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        if value is None:
+            merged.pop(key, None)  # `lora=null` takes a key back to its default
+            continue
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+@cache
+def _train_keys() -> tuple[str, ...]:
+    """TrainingArguments' field names, read from its source: importing it would take seconds."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text())
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    names = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    return (*(name for name in names if not name.startswith("_")), "tokens_per_step", "samples_per_step")
+
+
+def _known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _did_you_mean(found: str, known: Iterable[str]) -> str:
+    """The nearest known name, by the whole dotted name or by its last word alone."""
+    known = list(known)
+    leaf = found.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == leaf] or difflib.get_close_matches(found, known, 1)
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.75)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic error in this project's words."""
+    key = ".".join(str(part) for part in detail["loc"] if not (isinstance(part, str) and "[" in part))
+    if detail["type"] == "extra_forbidden":
+        known = [*_known_keys(), *(f"train.{name}" for name in _train_keys()), *_source_keys(key)]
+        return f"{key}: no such key{_did_you_mean(key, known)}"
+    if detail["type"] == "missing":
+        return f"{key}: missing\n  Add {key}=..., or the key to the recipe."
+    if detail["type"] == "bool_type":
+        return f"{key}: expected true or false, found {detail['input']!r}"
+    return f"{key}: {detail['msg'].lower()}, found {detail['input']!r}"
+
+
+def _source_keys(key: str) -> list[str]:
+    prefix = key.rpartition(".")[0]
+    return [f"{prefix}.{name}" for name in SourceRecipe.model_fields] if key.startswith("data.sources") else []
+
+
+def _unbuilt(recipe: Recipe) -> Iterator[str]:
+    if recipe.task != "chat":
+        yield f"task: {recipe.task} is not trained here yet, only chat"
+    for key, reason in UNBUILT.items():
+        value, default = recipe, type(recipe).model_construct()
+        for name in key.split("."):
+            value, default = getattr(value, name), getattr(default, name)
+        if value != default:
+            yield f"{key}: {reason}"
+
+
+def _train_problems(train: dict[str, Any]) -> Iterator[str]:
+    for key in train:
+        if key in REFUSED:
+            yield f"train.{key}: not set here: {REFUSED[key]}"
+        elif key not in _train_keys():
+            yield f"train.{key}: no such key{_did_you_mean(f'train.{key}', [f'train.{k}' for k in _train_keys()])}"
+    steps = [k for k in ("tokens_per_step", "samples_per_step", "gradient_accumulation_steps") if k in train]
+    if len(steps) > 1:
+        yield f"train: {' and '.join(steps)} each set the size of a step\n  Keep one of them."
+    for key in steps:
+        if not isinstance(train[key], int) or train[key] < 1:
+            yield f"train.{key}: expected a positive whole number, found {train[key]!r}"
+
+
+def _conflicts(recipe: Recipe) -> Iterator[str]:
+    for name, training in recipe.parts.items():
+        if training == "full" and name in recipe.quantized:
+            yield f"trainable.{name}: full, but the part is held in 4 bits, which cannot be trained\n  " + (
+                f"Set trainable.{name}=adapter, or method=lora."
+            )
+        elif training == "adapter" and recipe.method == "full":
+            yield f"trainable.{name}: adapter, but method=full trains no adapter\n  Set method=lora."
+        elif training == "full" and name == "language_model" and recipe.method != "full":
+            yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
+    if set(recipe.parts.values()) == {"frozen"}:
+        yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
+    if recipe.method == "full" and recipe.lora.model_fields_set:
+        yield f"lora.{min(recipe.lora.model_fields_set)}: has no effect with method=full\n  Set lora=null, or method=lora."
+    if recipe.quantized and recipe.method != "qlora":
+        yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
+    if recipe.method == "qlora" and recipe.quantized != ["language_model"]:
+        yield f"memory.quantize: {recipe.quantized}\n  Only [language_model] can be quantised for now."
+    if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:
+        yield f"data.eval: expected a share between 0 and 1, or a file, found {recipe.data.eval}"
+    if recipe.eval.every and recipe.data.eval is None:
+        yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."
