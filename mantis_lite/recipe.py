@@ -251,7 +251,9 @@ def find_recipe(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise RecipeError(f"{name}: no such file\n  `mantis-lite recipes list` shows the recipes that come with it.")
+            raise RecipeError(
+                f"{name}: no such file\n  `mantis-lite recipes list` shows the recipes that come with it."
+            )
         return path
     path = recipes_dir() / f"{DEFAULTS.get(name, name)}.yaml"
     if path.is_file():
@@ -261,7 +263,7 @@ def find_recipe(name: str) -> Path:
 
 
 def _yaml() -> YAML:
-    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `off` and `no` stay strings, `1e-4` is a number
+    yaml: Any = YAML(typ="safe", pure=True)  # YAML 1.2: `off` and `no` stay strings, `1e-4` is a number
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     return yaml
@@ -406,7 +408,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     if set(recipe.parts.values()) == {"frozen"}:
         yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
     if recipe.method == "full" and recipe.lora.model_fields_set:
-        yield f"lora.{min(recipe.lora.model_fields_set)}: has no effect with method=full\n  Set lora=null, or method=lora."
+        key = min(recipe.lora.model_fields_set)
+        yield f"lora.{key}: has no effect with method=full\n  Set lora=null, or method=lora."
     if recipe.quantized and recipe.method != "qlora":
         yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
     if recipe.method == "qlora" and recipe.quantized != ["language_model"]:

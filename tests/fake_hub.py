@@ -60,13 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_file(root / path)
         if verb == "revision":
             files = [{"rfilename": file["path"]} for file in _entries(root, root) if file["type"] == "file"]
-            return self.send_json(
-                {"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": files}
-            )
+            return self.send_json({"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": files})
         if verb == "tree" and (root / path).is_dir():
-            recursive = "true" in [
-                v.lower() for v in parse_qs(urlsplit(self.path).query).get("recursive", [])
-            ]
+            recursive = "true" in [v.lower() for v in parse_qs(urlsplit(self.path).query).get("recursive", [])]
             return self.send_json(_entries(root, root / path, recursive))
         if verb == "paths-info":
             asked = self.asked_paths(body)
@@ -103,9 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
         return self.send(206, data[int(start) : last + 1], headers)
 
-    def send(
-        self, status: int, data: bytes = b"", headers: dict[str, str] | None = None, error: str = ""
-    ) -> None:
+    def send(self, status: int, data: bytes = b"", headers: dict[str, str] | None = None, error: str = "") -> None:
         self.send_response(status)
         for key, value in {
             **(headers or {}),

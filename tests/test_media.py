@@ -24,9 +24,7 @@ def sample_of(*images: Image) -> Sample:
 def encoded(width=20, height=30, mode="RGB", fmt="PNG", **save) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
     file = io.BytesIO()
-    PIL.Image.fromarray(pixels).convert("RGBA" if "A" in mode else "RGB").convert(mode).save(
-        file, fmt, **save
-    )
+    PIL.Image.fromarray(pixels).convert("RGBA" if "A" in mode else "RGB").convert(mode).save(file, fmt, **save)
     return file.getvalue()
 
 

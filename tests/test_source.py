@@ -26,9 +26,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho
 
 def rows_with(*counts: int) -> list[dict]:
     """Rows "0", "1", ... with so many pictures."""
-    return [
-        {"id": str(at), "images": ["a.png"] * count, "messages": TURNS} for at, count in enumerate(counts)
-    ]
+    return [{"id": str(at), "images": ["a.png"] * count, "messages": TURNS} for at, count in enumerate(counts)]
 
 
 def json_lines(rows: list[dict]) -> bytes:
@@ -59,10 +57,7 @@ def datasets(tmp_path, monkeypatch):
 @pytest.fixture
 def pictured(datasets):
     """A dataset of rows with one picture, held as bytes, in a column of type Image."""
-    rows = [
-        {"id": str(at), "images": [{"bytes": PNG.getvalue(), "path": "a.png"}], "messages": TURNS}
-        for at in (0, 1)
-    ]
+    rows = [{"id": str(at), "images": [{"bytes": PNG.getvalue(), "path": "a.png"}], "messages": TURNS} for at in (0, 1)]
     turns = {"role": datasets.Value("string"), "content": datasets.Value("string")}
     images = datasets.List(datasets.Image())
     columns = {"id": datasets.Value("string"), "images": images, "messages": datasets.List(turns)}
@@ -126,9 +121,7 @@ def test_parquet_and_saved_datasets(tmp_path, datasets, pictured):
     check_pictured(opened(tmp_path / "one"), "one", tmp_path / "one")
     datasets.DatasetDict(train=pictured, val=pictured).save_to_disk(tmp_path / "two")
     check_pictured(opened(tmp_path / "two"), "two:train", tmp_path / "two")
-    check_pictured(
-        pickle.loads(pickle.dumps(opened(tmp_path / "two", split="val"))), "two:val", tmp_path / "two"
-    )
+    check_pictured(pickle.loads(pickle.dumps(opened(tmp_path / "two", split="val"))), "two:val", tmp_path / "two")
 
 
 def test_unnamed_parquet_files_are_all_read(tmp_path, pictured):
@@ -176,9 +169,7 @@ def test_shuffle_is_upstreams_seed_and_comes_first(five):
 
 def test_no_row_left(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows_with(3, 0)))
-    with pytest.raises(
-        DataError, match=r"a.json: no row is left\n  Left out were 1 by max_num_images, 1 by vl_only"
-    ):
+    with pytest.raises(DataError, match=r"a.json: no row is left\n  Left out were 1 by max_num_images, 1 by vl_only"):
         opened(tmp_path / "a.json", max_num_images=2, vl_only=True)
 
 
@@ -297,16 +288,10 @@ def test_the_hub(tmp_path, hub):
     assert val == ["ann/pics:one:val:1", PNG.getvalue().hex()]
     assert two == ["ann/pics:two:train:1", PNG.getvalue().hex()]
     assert no_config.startswith("ann/pics: Config name is missing.") and "['one', 'two']" in no_config
-    assert no_such_config.startswith(
-        "ann/pics:three: BuilderConfig 'three' not found. Available: ['one', 'two']"
-    )
-    assert (
-        no_such_split.startswith("ann/pics:one:test: Unknown split") and "['train', 'val']" in no_such_split
-    )
+    assert no_such_config.startswith("ann/pics:three: BuilderConfig 'three' not found. Available: ['one', 'two']")
+    assert no_such_split.startswith("ann/pics:one:test: Unknown split") and "['train', 'val']" in no_such_split
     assert no_such_split.endswith("\n  Name both as user/name:config:split.")
-    assert no_dataset.startswith(
-        "ann/none: no such file or dataset: Dataset 'ann/none' doesn't exist on the Hub"
-    )
+    assert no_dataset.startswith("ann/none: no such file or dataset: Dataset 'ann/none' doesn't exist on the Hub")
     assert no_dataset.endswith("\n  Check its name and revision.")
     assert no_revision.startswith("ann/pics: no such file or dataset: Revision 'v9' doesn't exist")
     assert script.startswith("ann/script: the dataset is a script\n  datasets>=4 runs none")
@@ -315,9 +300,7 @@ def test_the_hub(tmp_path, hub):
         tmp_path, hub.url, [{"path": "ann/pics:one"}, {"path": "ann/never"}], HF_HUB_OFFLINE="1"
     )
     assert again == train
-    assert offline.startswith("ann/never: no answer from the Hub: ") and offline.endswith(
-        "\n  Try again later."
-    )
+    assert offline.startswith("ann/never: no answer from the Hub: ") and offline.endswith("\n  Try again later.")
 
 
 def entry(**keys) -> dict:
@@ -327,8 +310,7 @@ def entry(**keys) -> dict:
 def expanded(tmp_path, *entries: dict) -> list[dict]:
     (tmp_path / "config.yaml").write_text(json.dumps({"data": entries}))  # JSON is YAML too
     return [
-        SourceRecipe(**settings).model_dump(exclude_unset=True)
-        for settings in expand(str(tmp_path / "config.yaml"))
+        SourceRecipe(**settings).model_dump(exclude_unset=True) for settings in expand(str(tmp_path / "config.yaml"))
     ]
 
 

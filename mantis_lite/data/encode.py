@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from tokenizers import Tokenizer
 
-from .. import errors
+from ..errors import SampleError
 from . import media
 from .packing import Length
 from .schema import Image, Sample
@@ -78,13 +79,23 @@ class Encoder:
         facts = [self.tokenizer.to_str(), self.template.name, self.system, self.labels, self.max_image_size]
         return hashlib.sha256(json.dumps([*facts, self.vision.facts]).encode()).hexdigest()[:16]
 
-    def measure(self, samples: Sequence[Sample]) -> list[Length | errors.SampleError]:
+    def measure(self, samples: Sequence[Sample]) -> list[Length | SampleError]:
         """Tokens and patches of each sample, from its text and its pictures' headers, or what is wrong with it."""
+        with ThreadPoolExecutor(1) as pool:
+            return self.begin_measure(samples, pool)()
+
+    def begin_measure(self, samples: Sequence[Sample], pool: Executor) -> Callable[[], list[Length | SampleError]]:
+        """As `measure`, tokenising in `pool` while the caller goes on; what is returned waits and answers."""
         rendered = [self.render(sample) for sample in samples]
-        texts = {p.content for pieces in rendered for p in pieces if type(p.content) is str}
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        tokens = {text: len(encoding) for text, encoding in zip(texts, encodings, strict=True)}
-        return [self._length(s, pieces, tokens) for s, pieces in zip(samples, rendered, strict=True)]
+        texts = list({p.content for pieces in rendered for p in pieces if type(p.content) is str})
+        future = pool.submit(self.tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+        pictures = [self._picture_length(sample) for sample in samples]
+
+        def finish() -> list[Length | SampleError]:
+            tokens = {text: len(encoding) for text, encoding in zip(texts, future.result(), strict=True)}
+            return [_length(*both, tokens) for both in zip(rendered, pictures, strict=True)]
+
+        return finish
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's tensors; opens its pictures. Raises SampleError."""
@@ -104,22 +115,14 @@ class Encoder:
         assert token_id is not None, token
         return token_id
 
-    def _size(self, image: Image, sample: Sample) -> Size:
-        return media.size(image, sample, self.max_image_size)
-
-    def _length(
-        self, sample: Sample, pieces: list[Piece], text_tokens: dict[str, int]
-    ) -> Length | errors.SampleError:
+    def _picture_length(self, sample: Sample) -> Length | SampleError:
         tokens = patches = 0
         try:
-            for content, _ in pieces:
-                if isinstance(content, Image):
-                    size = self._size(content, sample)
-                    tokens += self.vision.tokens(size)
-                    patches += self.vision.patches(size)
-                else:
-                    tokens += 1 if isinstance(content, Token) else text_tokens[content]
-        except errors.SampleError as error:
+            for image in sample.images:
+                size = media.size(image, sample, self.max_image_size)
+                tokens += self.vision.tokens(size)
+                patches += self.vision.patches(size)
+        except SampleError as error:
             return error
         return Length(tokens, patches)
 
@@ -146,3 +149,11 @@ class Encoder:
         labels[0] = IGNORE  # nothing predicts the first token, and in a pack the sample before must not
         pixels = self.vision.pixels(pictures) if pictures else {}
         return Encoded(np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64), pixels)
+
+
+def _length(pieces: list[Piece], pictures: Length | SampleError, tokens: dict[str, int]) -> Length | SampleError:
+    if isinstance(pictures, SampleError):
+        return pictures
+    parts = (part for part, _ in pieces if not isinstance(part, Image))
+    text = sum(1 if isinstance(part, Token) else tokens[part] for part in parts)
+    return Length(text + pictures.tokens, pictures.patches)

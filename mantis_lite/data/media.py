@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import imagesize
 import PIL.Image
 
 from mantis_lite.data.schema import Image, Sample
@@ -18,6 +20,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
 def size(image: Image, sample: Sample, max_size: int | None = None) -> tuple[int, int]:
     """The (width, height) in pixels that `open_image` will return, from the header; raises SampleError."""
+    if isinstance(image.source, Path) and (found := _jpeg_size(image.source)):
+        return _fitted(found, max_size)
     with _opened(image, sample) as picture:
         return _fitted(picture.size, max_size)
 
@@ -34,6 +38,18 @@ def open_image(image: Image, sample: Sample, max_size: int | None = None) -> PIL
         return pixels if pixels.size == wanted else pixels.resize(wanted)
 
 
+def _jpeg_size(path: Path) -> tuple[int, int] | None:
+    """A JPEG's size, four times as fast as Pillow opens it; None where Pillow must look, or say what is wrong."""
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        return None
+    try:
+        width, height = imagesize.get(path, exif_rotation=False)
+    except (OSError, ValueError, struct.error):
+        return None
+    sound = width > 0 and height > 0 and width * height <= (PIL.Image.MAX_IMAGE_PIXELS or 0)
+    return (width, height) if sound else None
+
+
 def _fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:
     scale = min(1.0, max_size / max(found)) if max_size else 1.0
     if int(min(found) * scale) < MIN_SIDE:
@@ -45,9 +61,7 @@ def _fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:
 def _opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
     """Open the header; a failure here or in the body, where pixels are read, becomes a SampleError."""
     try:
-        with PIL.Image.open(
-            io.BytesIO(image.source) if isinstance(image.source, bytes) else image.source
-        ) as picture:
+        with PIL.Image.open(io.BytesIO(image.source) if isinstance(image.source, bytes) else image.source) as picture:
             if picture.mode.startswith(("I", "F")):
                 # Pillow would clip these to white without a word.
                 raise ValueError(f"more than 8 bits a colour (mode {picture.mode})")
@@ -70,9 +84,7 @@ def _unreadable(image: Image, sample: Sample, reason: str) -> SampleError:
         place = next((at for at, other in enumerate(sample.images, 1) if other is image), "?")
         name = f"picture {place}, given as {len(image.source):,} bytes,"
     found = f"{name} cannot be read: {reason}"
-    return SampleError(
-        sample.where, found, "Replace it with an 8-bit PNG or JPEG, or drop the row.", sample.id
-    )
+    return SampleError(sample.where, found, "Replace it with an 8-bit PNG or JPEG, or drop the row.", sample.id)
 
 
 def _missing(image: Image, sample: Sample) -> SampleError:
@@ -81,6 +93,4 @@ def _missing(image: Image, sample: Sample) -> SampleError:
     others = [image.source.with_suffix(suffix) for suffix in SUFFIXES]
     near = next((other.name for other in others if other.is_file()), None)
     remedy = f"Did you mean {near}? " if near else "A path in a row starts at the folder of the data file. "
-    return SampleError(
-        sample.where, f"no such file: {image.source}", remedy + "Mend the path in the row.", sample.id
-    )
+    return SampleError(sample.where, f"no such file: {image.source}", remedy + "Mend the path in the row.", sample.id)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from .packing import Length
 from .schema import Sample, parse
 from .source import Rows, expand, open_source
 
-CHUNK = 1024  # rows measured together, so that the tokenizer works on many texts at once
+CHUNK = 256  # rows measured together, so that the tokenizer works on many texts at once
 MAX_REJECTED = 0.01
 
 
@@ -26,14 +28,16 @@ MAX_REJECTED = 0.01
 class Samples(Sequence[Sample]):
     """The accepted samples of all sources, parsed when they are asked for.
 
-    lengths (S, 2), tokens and patches; source (S,) and row (S,) say where each stands; weights (sources,).
+    lengths (S, 2), tokens and patches; images (S,), pictures; source (S,) and row (S,) say where each stands; weights
+    (sources,).
     """
 
     rows: list[Rows]
+    weights: list[float]
     source: np.ndarray
     row: np.ndarray
     lengths: np.ndarray
-    weights: list[float]
+    images: np.ndarray
 
     def __len__(self) -> int:
         return len(self.row)
@@ -43,7 +47,8 @@ class Samples(Sequence[Sample]):
         return parse(rows.row(at), rows.where(at), rows.root)
 
     def take(self, indices: np.ndarray) -> Samples:
-        return Samples(self.rows, self.source[indices], self.row[indices], self.lengths[indices], self.weights)
+        columns = (column[indices] for column in (self.source, self.row, self.lengths, self.images))
+        return Samples(self.rows, self.weights, *columns)
 
 
 @dataclass
@@ -65,7 +70,7 @@ def prepare(data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: in
     error all the same. Raises SampleError, FitError, DataError.
     """
     cache = LengthCache(encoder.fingerprint)
-    prepared = Prepared(train=_none(), held_out=None)
+    prepared = Prepared(train=_samples([], []), held_out=None)
     reader = _Reader(data, packing, encoder, cache, prepared)
     prepared.train = reader.read(data.sources)
     if isinstance(data.eval, str):
@@ -85,26 +90,43 @@ def write_rejects(rejects: Sequence[SampleError], path: Path) -> None:
     """Append one line a rejected row: where, id, what was found and the remedy."""
     with path.open("a") as file:
         for reject in rejects:
-            fields = {"where": reject.where, "id": reject.sample_id, "found": reject.found, "remedy": reject.remedy}
+            fields = {
+                "where": reject.where,
+                "id": reject.sample_id,
+                "found": reject.found,
+                "remedy": reject.remedy,
+            }
             file.write(json.dumps(fields) + "\n")
 
 
 def too_large(sample: Sample, length: Length, packing: PackingRecipe) -> FitError | None:
     """What to say of a sample that no pack can hold, or None."""
+    images = f"({len(sample.images)} images)"
     if length.tokens > packing.max_length:
-        found = f"needs {length.tokens:,} tokens ({len(sample.images)} images); packing.max_length is {packing.max_length:,}"
+        found = f"needs {length.tokens:,} tokens {images}; packing.max_length is {packing.max_length:,}"
         remedy = "Raise packing.max_length, or set data.oversize=drop."
     elif packing.max_patches and length.patches > packing.max_patches:
-        found = f"needs {length.patches:,} patches ({len(sample.images)} images); packing.max_patches is {packing.max_patches:,}"
+        found = f"needs {length.patches:,} patches {images}; packing.max_patches is {packing.max_patches:,}"
         remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
     else:
         return None
     return FitError(sample.where, found, remedy, sample.id)
 
 
-def _none() -> Samples:
-    empty = np.zeros(0, dtype=np.int64)
-    return Samples([], empty, empty, np.zeros((0, 2), dtype=np.int64), [])
+def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: list[tuple[int, ...]]) -> Samples:
+    table = np.array(kept, dtype=np.int64).reshape(-1, 5)
+    rows, weights = [rows for _, rows in opened], [spec.weight for spec, _ in opened]
+    return Samples(rows, weights, table[:, 0], table[:, 1], table[:, 2:4], table[:, 4])
+
+
+class _Chunk(NamedTuple):
+    """Rows on their way: parsed, looked up, and those that are not remembered given to the tokenizer."""
+
+    samples: list[tuple[int, Sample]]
+    keys: list[bytes | None]
+    lengths: list[Length | None]
+    unknown: list[int]
+    measured: Callable[[], list[Length | SampleError]]
 
 
 @dataclass
@@ -117,37 +139,44 @@ class _Reader:
 
     def read(self, sources: list[SourceRecipe]) -> Samples:
         opened = [(spec, open_source(spec)) for source in sources for spec in _specs(source)]
-        kept: list[tuple[int, int, int, int]] = []
-        for number, (_, rows) in enumerate(opened):
-            self.prepared.rows_read += len(rows)
-            for reason, count in rows.dropped.items():
-                self.prepared.notices[reason] += count
-            for start in range(0, len(rows), CHUNK):
-                chunk = range(start, min(start + CHUNK, len(rows)))
-                kept += [(number, i, *length) for i, length in self._measure(rows, chunk)]
+        kept: list[tuple[int, ...]] = []
+        with ThreadPoolExecutor(1) as pool:
+            pending = deque[tuple[int, _Chunk]]()
+            for number, (_, rows) in enumerate(opened):
+                self.prepared.rows_read += len(rows)
+                self.prepared.notices.update(rows.dropped)
+                for start in range(0, len(rows), CHUNK):
+                    chunk = range(start, min(start + CHUNK, len(rows)))
+                    pending.append((number, self._begin(rows, chunk, pool)))
+                    if len(pending) > 1:  # one chunk is being tokenised while the next is read
+                        kept += self._finish(*pending.popleft())
+            for number, begun in pending:
+                kept += self._finish(number, begun)
         allowed = max(1, MAX_REJECTED * self.prepared.rows_read)
         if len(self.prepared.rejects) > allowed:
             raise self._too_many()
-        table = np.array(kept, dtype=np.int64).reshape(-1, 4)
-        weights = [spec.weight for spec, _ in opened]
-        return Samples([rows for _, rows in opened], table[:, 0], table[:, 1], table[:, 2:], weights)
+        return _samples(opened, kept)
 
-    def _measure(self, rows: Rows, chunk: range) -> Iterator[tuple[int, Length]]:
+    def _begin(self, rows: Rows, chunk: range, pool: Executor) -> _Chunk:
         samples = [(i, sample) for i in chunk if (sample := self._parse(rows, i)) is not None]
         keys = [content_key(sample) for _, sample in samples]
         lengths = [self.cache.get(key) for key in keys]
         unknown = [at for at, length in enumerate(lengths) if length is None]
-        measured = self.encoder.measure([samples[at][1] for at in unknown])
-        for at, length in zip(unknown, measured, strict=True):
-            if isinstance(length, SampleError):
-                self._reject(length)
+        measured = self.encoder.begin_measure([samples[at][1] for at in unknown], pool)
+        return _Chunk(samples, keys, lengths, unknown, measured)
+
+    def _finish(self, source: int, chunk: _Chunk) -> Iterator[tuple[int, ...]]:
+        """The rows of a chunk that can be trained on: source, row, tokens, patches, images."""
+        for at, measured in zip(chunk.unknown, chunk.measured(), strict=True):
+            if isinstance(measured, SampleError):
+                self._reject(measured)
             else:
-                lengths[at] = length
-                self.cache.put(keys[at], length)
-        for (i, sample), length in zip(samples, lengths, strict=True):
+                chunk.lengths[at] = measured
+                self.cache.put(chunk.keys[at], measured)
+        for (i, sample), length in zip(chunk.samples, chunk.lengths, strict=True):
             if length is not None and self._fits(sample, length):
                 self.prepared.notices.update(sample.notices)
-                yield i, length
+                yield source, i, *length, len(sample.images)
 
     def _parse(self, rows: Rows, i: int) -> Sample | None:
         try:

@@ -257,9 +257,7 @@ def _open_hub(spec: SourceRecipe) -> Rows:
     try:
         dataset = load_dataset(repo, config, split=split, revision=spec.revision)
     except FileNotFoundError as error:
-        raise _fault(
-            spec.path, f"no such file or dataset: {_line(error)}", "Check its name and revision."
-        ) from None
+        raise _fault(spec.path, f"no such file or dataset: {_line(error)}", "Check its name and revision.") from None
     except (ConnectionError, HfHubHTTPError) as error:
         raise _fault(spec.path, f"no answer from the Hub: {_line(error)}", "Try again later.") from None
     except (DatasetGenerationError, ValueError) as error:  # its words list the configs or splits there are

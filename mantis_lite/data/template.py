@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ..errors import RecipeError
@@ -35,6 +36,16 @@ class Template:
     headers: Mapping[Role, tuple[str, ...]]
     end: Token
     system: str
+
+    @cached_property
+    def openings(self) -> dict[tuple[Role, bool], tuple[list[Piece], str]]:
+        """A turn's header by role and whether it carries loss: finished pieces, and the text the turn goes on from."""
+        return {(role, loss): self._opening(role, loss) for role in self.headers for loss in (False, True)}
+
+    def _opening(self, role: Role, loss: bool) -> tuple[list[Piece], str]:
+        parts = list(self.headers[role])
+        text = parts.pop() if parts and not isinstance(parts[-1], Token) else ""
+        return [Piece(part, 0 if loss else NEVER) for part in parts], text
 
     @property
     def tokens(self) -> set[str]:
@@ -75,8 +86,8 @@ def choose_template(name: str, vocabulary: Collection[str]) -> Template:
         template = next(t for t in templates if t.name == name)
         if missing := sorted(template.tokens.difference(vocabulary)):
             raise RecipeError(
-                f"prompt.template: {name} needs the tokens {', '.join(missing)}, which this checkpoint's tokenizer lacks"
-                "\n  Set prompt.template=auto to choose by the tokens."
+                f"prompt.template: {name} needs the tokens {', '.join(missing)}, which this tokenizer lacks\n"
+                "  Set prompt.template=auto to choose by the tokens."
             )
         return template
     fitting = [t for t in templates if t.tokens <= set(vocabulary)]
@@ -97,18 +108,18 @@ def render(sample: Sample, template: Template, system: str | None, labels: Label
     the text before and after the j-th picture, counted from 1.
     """
     pieces = _Pieces(wrap)
-    pieces.add(template.start, False)
+    pieces.end(template.start, False)
     words = template.system if system is None else system
     if sample.turns[0].role != "system" and words:
         _add_turn(pieces, Turn("system", (words,)), template, labels)
     for turn in sample.turns:
         _add_turn(pieces, turn, template, labels)
-    return pieces.done()
+    return pieces.pieces
 
 
 def prompt(sample: Sample, template: Template, system: str | None, wrap: Wrap) -> list[Piece]:
     """Write a sample's turns out, without loss, and the header of the answer that is to be generated."""
-    pieces = render(sample, template, system, "answer", wrap)
+    pieces = [piece._replace(loss_from=NEVER) for piece in render(sample, template, system, "answer", wrap)]
     for part in template.headers["assistant"]:
         # As upstream: "ASSISTANT:" without its blank, which belongs to the answer's first word.
         pieces.append(Piece(part if isinstance(part, Token) else part.rstrip(" "), NEVER))
@@ -117,18 +128,21 @@ def prompt(sample: Sample, template: Template, system: str | None, wrap: Wrap) -
 
 def _add_turn(pieces: _Pieces, turn: Turn, template: Template, labels: LabelRule) -> None:
     answer = turn.role == "assistant"
-    for part in template.headers[turn.role]:
-        pieces.add(part, answer and labels == "upstream")
+    finished, text = template.openings[turn.role, answer and labels == "upstream"]
+    pieces.pieces += finished
+    pieces.add(text, answer and labels == "upstream")
     for part in turn.content:
         pieces.add(part, answer)
-    pieces.add(template.end, answer)
+    pieces.end(template.end, answer)
 
 
 class _Pieces:
     """Collects parts, joining text with text: a tokenizer must see it whole."""
 
     def __init__(self, wrap: Wrap) -> None:
-        self.wrap, self.pieces, self.images = wrap, [], 0
+        self.wrap = wrap
+        self.pieces: list[Piece] = []
+        self.images = 0
         self.text, self.loss_from = "", NEVER
 
     def add(self, part: str | Image, loss: bool) -> None:
@@ -139,15 +153,13 @@ class _Pieces:
             self._flush()
             self.pieces.append(Piece(part, NEVER))
             self._add_text(after, loss)
-        elif isinstance(part, Token):
-            self._flush()
-            self.pieces.append(Piece(part, 0 if loss else NEVER))
         else:
             self._add_text(part, loss)
 
-    def done(self) -> list[Piece]:
+    def end(self, token: Token, loss: bool) -> None:
+        """Close a stretch of text with a special token; every turn ends with one."""
         self._flush()
-        return self.pieces
+        self.pieces.append(Piece(token, 0 if loss else NEVER))
 
     def _add_text(self, text: str, loss: bool) -> None:
         if loss and self.loss_from == NEVER:

@@ -61,8 +61,8 @@ def lora_config(model: PreTrainedModel, parts: Mapping[Part, Training], lora: Lo
 
 def part_of(parameter: str) -> Part:
     """The part a parameter belongs to, by its name in the model or under PEFT; lm_head is the language model's."""
-    for part, path in llava.PARTS.items():
-        if f"{path}." in parameter:
+    for part in ("projector", "vision_tower"):
+        if f"{llava.PARTS[part]}." in parameter:
             return part
     return "language_model"
 

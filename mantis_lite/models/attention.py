@@ -6,13 +6,18 @@ Registered through transformers' AttentionInterface and AttentionMaskInterface, 
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 SEGMENT = "mantis_segment"
+
+_GROUPS_ARE_ASKED_FOR = "enable_gqa" in signature(varlen_attn).parameters  # torch 2.11 took groups without asking
 
 
 def segment_attention(
@@ -46,7 +51,7 @@ def segment_attention(
             scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        for start, end in zip(ends, ends[1:], strict=False)
+        for start, end in pairwise(ends)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
@@ -65,22 +70,10 @@ def _varlen(
     longest: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    groups = query.shape[1] // key.shape[1]
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        **({"enable_gqa": True} if groups > 1 else {}),
-    )
+    groups = {"enable_gqa": True} if _GROUPS_ARE_ASKED_FOR and query.shape[1] != key.shape[1] else {}
+    causal = (-1, 0)
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=causal, **groups)
     return out[None]
 
 

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
@@ -34,6 +39,11 @@ class Checkpoint:
     tokenizer: Tokenizer
     image_processor: BaseImageProcessor
 
+    def small_files(self) -> list[Path]:
+        """Everything of a checkpoint but its weights and their index."""
+        files = [file for pattern in SMALL_FILES for file in self.folder.glob(pattern)]
+        return [file for file in files if "safetensors" not in file.name]
+
     def encoder(self, recipe: Recipe) -> Encoder:
         """The Encoder of this model under a recipe's prompt and media settings."""
         template = choose_template(recipe.prompt.template, self.tokenizer.get_vocab())
@@ -53,7 +63,9 @@ def open_checkpoint(model: ModelRecipe) -> Checkpoint:
     folder = _folder(model)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise RecipeError(f"model: {model.name} has no config.json\n  Name a model on the hub, or a folder with one saved.")
+        raise RecipeError(
+            f"model: {model.name} has no config.json\n  Name a model on the hub, or a folder with one saved."
+        )
     found = json.loads(config_file.read_text()).get("model_type")
     if found != llava.MODEL_TYPE:
         raise RecipeError(

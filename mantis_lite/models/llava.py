@@ -12,17 +12,18 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.encode import Vision
 from ..data.template import Token
+from ..recipe import Part
 
 MODEL_TYPE = "llava"
 
-PARTS = {
+PARTS: dict[Part, str] = {
     "language_model": "model.language_model",
     "projector": "model.multi_modal_projector",
     "vision_tower": "model.vision_tower",
 }
 """Where each part lives in LlavaForConditionalGeneration."""
 
-TARGETS = {
+TARGETS: dict[Part, list[str]] = {
     "language_model": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "projector": ["linear_1", "linear_2"],
     "vision_tower": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],

@@ -55,8 +55,14 @@ def _background(rng: random.Random) -> Image.Image:
     return clouds
 
 
-def _paint(canvas: ImageDraw.ImageDraw, shape: str, centre: list[float], radius: float, tilt: float,
-           colour: tuple[int, ...]) -> None:
+def _paint(
+    canvas: ImageDraw.ImageDraw,
+    shape: str,
+    centre: list[float],
+    radius: float,
+    tilt: float,
+    colour: tuple[int, ...],
+) -> None:
     x, y = centre
     if shape in ("circle", "ring"):
         box = (x - radius, y - radius, x + radius, y + radius)
@@ -69,8 +75,16 @@ def _paint(canvas: ImageDraw.ImageDraw, shape: str, centre: list[float], radius:
         "square": [(0.95, math.pi * (0.25 + 0.5 * k)) for k in range(4)],
         "triangle": [(1.0, math.pi * (-0.5 + 2 / 3 * k)) for k in range(3)],
         "star": [(1.0 if k % 2 == 0 else 0.42, math.pi * (-0.5 + 0.2 * k)) for k in range(10)],
-        "cross": [(reach, math.pi / 2 * k + turn)
-                  for k in range(4) for reach, turn in ((0.97, -0.28), (0.97, 0.28), (0.38, math.pi / 4))],
+        "cross": [
+            (reach, math.pi / 2 * k + turn)
+            for k in range(4)
+            for reach, turn in ((0.97, -0.28), (0.97, 0.28), (0.38, math.pi / 4))
+        ],
     }[shape]
-    canvas.polygon([(x + radius * reach * math.cos(turn + tilt), y + radius * reach * math.sin(turn + tilt))
-                    for reach, turn in corners], fill=colour)
+    canvas.polygon(
+        [
+            (x + radius * reach * math.cos(turn + tilt), y + radius * reach * math.sin(turn + tilt))
+            for reach, turn in corners
+        ],
+        fill=colour,
+    )

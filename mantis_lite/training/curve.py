@@ -16,7 +16,12 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(log["step"], log[key]) for log in logs if key in log]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=label,
+                marker="o" if len(points) < 30 else None,
+                markersize=3,
+            )
     axes.set(xlabel="step", ylabel="loss", title="mean loss of the tokens that are trained")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -54,11 +54,9 @@ class Run:
         folder = self.recipe.run_dir / ("model" if self.recipe.method == "full" else "adapter")
         self.trainer.model.save_pretrained(folder)
         if self.recipe.method == "full":
-            # Tokenizer, processor and generation settings are the base's own files, to the letter.
-            for file in self.checkpoint.folder.iterdir():
-                if file.is_file() and file.suffix in (".json", ".model", ".txt") and "safetensors" not in file.name:
-                    if file.name != "config.json":
-                        shutil.copy(file, folder)
+            # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
+            for file in self.checkpoint.small_files():
+                shutil.copy(file, folder)
         return folder
 
 
@@ -74,6 +72,7 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     _open_run_dir(recipe, from_scratch)
     (recipe.run_dir / "rejects.jsonl").unlink(missing_ok=True)
     write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
+    set_seed(recipe.train.get("seed", 42))  # the trainer's own comes too late for an adapter's first values
     model = make_trainable(load_model(checkpoint, recipe), recipe)
     trainer = _trainer(recipe, checkpoint, encoder, prepared, packs, model)
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,5 @@
+"""`python -m mantis_lite`."""
+
+from .cli import main
+
+main()

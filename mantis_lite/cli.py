@@ -1,0 +1,193 @@
+"""The command line. Each command reads its words, makes one call and shows what came back."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .data.prepare import Prepared
+    from .report.check import Check
+    from .training.run import Run
+
+app = typer.Typer(
+    help="Fine-tune Mantis multi-image vision-language models on one small GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or YAML file; `chat` is the default chat recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, dots for nesting: data=my.json packing.max_length=4096")
+]
+FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Move an old run in run_dir aside first.")]
+
+
+@app.command("train")
+def train_command(recipe: RecipeArgument, overrides: Overrides = None, from_scratch: FromScratch = False) -> None:
+    """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to resume."""
+    from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    _prepare_process()
+    from .training.callbacks import ProgressBar
+    from .training.run import start
+
+    run = start(loaded, [ProgressBar()], from_scratch)
+    _show_start(run)
+    saved = run.train()
+    typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
+
+
+@app.command("check")
+def check_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Show what a recipe would train on: rows, lengths, packs, steps, and one sample. Needs no GPU and no weights."""
+    from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    _prepare_process()
+    from .report.check import check
+
+    _show_check(check(loaded))
+
+
+@app.command("quickstart")
+def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = False) -> None:
+    """Fine-tune the built-in Tiny Mantis on odd-one-out among four pictures: minutes, on a CPU."""
+    _prepare_process()
+    from .quickstart import quickstart
+    from .training.callbacks import ProgressBar
+
+    outcome = quickstart(overrides or (), [ProgressBar()], from_scratch, typer.echo)
+    typer.echo(f"\nheld-out accuracy: {outcome.before:.1%} before, {outcome.after:.1%} after")
+    typer.echo(f"saved {outcome.adapter}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Name every recipe and what it is."""
+    from .recipe import DEFAULTS, recipes_dir
+
+    names = {name: task for task, name in DEFAULTS.items()}
+    for path in sorted(recipes_dir().glob("*.yaml")):
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        also = f" (also: {names[path.stem]})" if path.stem in names else ""
+        typer.echo(f"{path.stem}{also}\n    {first}")
+
+
+@recipes_app.command("show")
+def show_recipe(recipe: RecipeArgument) -> None:
+    """Print a recipe's file."""
+    from .recipe import find_recipe
+
+    typer.echo(find_recipe(recipe).read_text(), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    recipe: RecipeArgument, to: Annotated[Path | None, typer.Argument(help="A file or folder.")] = None
+) -> None:
+    """Copy a recipe's file here, to change it."""
+    from .errors import RecipeError
+    from .recipe import find_recipe
+
+    source = find_recipe(recipe)
+    target = (to or Path()) / source.name if to is None or to.is_dir() else to
+    if target.exists():
+        raise RecipeError(f"{target}: exists already\n  Name another file.")
+    target.write_text(source.read_text())
+    typer.echo(f"{target}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one message and its own exit code."""
+    from .errors import MantisError
+
+    try:
+        app()
+    except MantisError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _prepare_process() -> None:
+    """Quiet what is not the user's concern, and let nothing report home (TRL would)."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _show_start(run: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="what trains", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("trainable", justify="right")
+    for part, parameters, trainable in run.sizes:
+        table.add_row(part, f"{parameters:,}", f"{trainable:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    _show_rows(run.prepared)
+    plan = run.schedule
+    console.print(
+        f"{len(plan.packs):,} packs, {plan.accumulation} a step, {plan.steps:,} steps -> {run.recipe.run_dir}"
+    )
+
+
+def _show_rows(prepared: Prepared) -> None:
+    parts = [f"{prepared.rows_read:,} rows read", f"{len(prepared.train):,} to train on"]
+    if prepared.held_out is not None:
+        parts.append(f"{len(prepared.held_out):,} held out")
+    parts.append(f"{len(prepared.rejects):,} rejected")
+    parts.append(f"{prepared.oversize:,} dropped as larger than a pack")
+    typer.echo(", ".join(parts))
+    for notice, count in prepared.notices.items():
+        typer.echo(f"  notice, {count:,} times: {notice}")
+
+
+def _show_check(found: Check) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    _show_rows(found.prepared)
+    for reject in found.prepared.rejects[:10]:
+        console.print(f"  rejected {reject}", markup=False)
+    console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
+    size = sum(map(len, found.schedule.packs[: found.packs])) / found.packs
+    console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
+    plan = found.schedule
+    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.accumulation} packs; in all {plan.steps:,}")
+    console.print(
+        f"\n{found.sample.where} in template {found.template}, {found.trained_tokens} tokens trained (marked):"
+    )
+    text = Text()
+    for stretch in found.rendered:
+        if stretch.trained and not console.is_terminal:
+            text.append(f"⟦{stretch.text}⟧")
+        else:
+            text.append(stretch.text, style="black on green" if stretch.trained else "dim")
+    console.print(text)
+
+
+def _spread(spread: tuple[int, int, int]) -> str:
+    least, median, most = spread
+    return f"{least:,} to {most:,}, median {median:,}"

@@ -1,0 +1,94 @@
+"""What a recipe would train on, found without a GPU and without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data.dataset import Schedule, schedule
+from ..data.encode import IGNORE, Encoder
+from ..data.packing import fill
+from ..data.prepare import Prepared, prepare
+from ..data.schema import Sample
+from ..models.checkpoint import open_checkpoint
+from ..recipe import Recipe
+
+
+class Spread(NamedTuple):
+    """The least, middle and greatest of a count over samples."""
+
+    least: int
+    median: int
+    most: int
+
+
+class Stretch(NamedTuple):
+    """A run of a prompt's tokens, as text; `pictures` placeholders are shown as one mark."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """Rows read and rejected, lengths, packs and steps, and one sample as the model gets it."""
+
+    prepared: Prepared
+    schedule: Schedule
+    template: str
+    tokens: Spread
+    images: Spread
+    packs: int
+    fill: float
+    steps_per_epoch: int
+    sample: Sample
+    rendered: list[Stretch]
+    trained_tokens: int
+
+
+def check(recipe: Recipe) -> Check:
+    """Read, measure and pack a recipe's data. Raises RecipeError, DataError, SampleError and FitError."""
+    encoder = open_checkpoint(recipe.model).encoder(recipe)
+    prepared = prepare(recipe.data, recipe.packing, encoder)
+    packs = schedule(prepared.train, recipe.packing, recipe.train)
+    samples = prepared.train
+    sample = samples[0]
+    rendered = render_tokens(encoder, sample)
+    first = packs.packs[: packs.epoch_sizes[0]]
+    longest = recipe.packing.max_length if recipe.packing.enabled else int(samples.lengths[:, 0].max())
+    return Check(
+        prepared=prepared,
+        schedule=packs,
+        template=encoder.template.name,
+        tokens=_spread(samples.lengths[:, 0]),
+        images=_spread(samples.images),
+        packs=packs.epoch_sizes[0],
+        fill=fill(samples.lengths[[i for pack in first for i in pack]], len(first), longest),
+        steps_per_epoch=-(-packs.epoch_sizes[0] // packs.accumulation),
+        sample=sample,
+        rendered=rendered,
+        trained_tokens=int((encoder.encode(sample).labels != IGNORE).sum()),
+    )
+
+
+def render_tokens(encoder: Encoder, sample: Sample) -> list[Stretch]:
+    """A sample's tokens back as text, cut where loss begins and ends; a picture's placeholders become one mark."""
+    encoded = encoder.encode(sample)
+    image = encoder.token_id(encoder.vision.token)
+    kinds = np.where(encoded.input_ids == image, 2, (encoded.labels != IGNORE).astype(int))
+    cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    stretches = []
+    for start, end in pairwise(cuts):
+        if kinds[start] == 2:
+            text = f"[picture: {end - start} tokens]"
+        else:
+            text = encoder.tokenizer.decode(encoded.input_ids[start:end].tolist(), skip_special_tokens=False)
+        stretches.append(Stretch(text, bool(kinds[start] == 1)))
+    return stretches
+
+
+def _spread(counts: np.ndarray) -> Spread:
+    return Spread(int(counts.min()), int(np.median(counts)), int(counts.max()))

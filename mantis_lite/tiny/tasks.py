@@ -1,0 +1,148 @@
+"""Questions about pictures of coloured shapes: those Tiny Mantis was brought up on, and one it was never asked."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .pictures import COLOURS, SHAPES, THINGS, Thing, draw
+
+PICTURES_OF_A_THING = 24
+"""How many pictures a written data set has of each coloured shape; its rows choose among them."""
+
+
+class Exercise(NamedTuple):
+    """What the pictures of a row show, in order, what is asked about them and what is right."""
+
+    things: list[Thing]
+    question: str
+    answer: str
+
+
+def odd_one_out(rng: random.Random) -> Exercise:
+    """Four pictures: three show the same, one does not. The quickstart's task, held back from Tiny Mantis."""
+    things = [rng.choice(THINGS)] * 4
+    odd = rng.randrange(4)
+    things[odd] = other_than(things[odd], rng)
+    return Exercise(things, "Which image is the odd one out?", f"image {odd + 1}")
+
+
+def describe_one(rng: random.Random) -> Exercise:
+    return _describe(1, rng)
+
+
+def describe_each(rng: random.Random) -> Exercise:
+    """Two to four pictures, each named in order: what teaches which answer belongs to which picture."""
+    return _describe(rng.randint(2, 4), rng)
+
+
+def what_is(rng: random.Random) -> Exercise:
+    """The colour or the shape of one picture among several."""
+    things = _any_things(rng)
+    at = rng.randrange(len(things))
+    if rng.random() < 0.5:
+        return Exercise(things, f"What colour is image {at + 1}?", things[at].colour)
+    return Exercise(things, f"What shape is image {at + 1}?", things[at].shape)
+
+
+def which_shows(rng: random.Random) -> Exercise:
+    """The one picture that shows a thing, among others that differ from it."""
+    thing = rng.choice(THINGS)
+    things = [other_than(thing, rng) for _ in range(rng.randint(2, 4))]
+    at = rng.randrange(len(things))
+    things[at] = thing
+    return Exercise(things, f"Which image shows {_named(thing)}?", f"image {at + 1}")
+
+
+def how_many(rng: random.Random) -> Exercise:
+    """The number of pictures that show a thing, none to all."""
+    thing, count = rng.choice(THINGS), rng.randint(2, 4)
+    shown = rng.randint(0, count)
+    things = [thing] * shown + [other_than(thing, rng) for _ in range(count - shown)]
+    rng.shuffle(things)
+    return Exercise(things, f"How many images show {_named(thing)}?", str(shown))
+
+
+def same(rng: random.Random) -> Exercise:
+    """Whether two pictures among several show the same."""
+    things = _any_things(rng)
+    one, two = rng.sample(range(len(things)), 2)
+    alike = rng.random() < 0.5
+    things[two] = things[one] if alike else other_than(things[one], rng)
+    return Exercise(things, f"Are image {one + 1} and image {two + 1} the same?", "yes" if alike else "no")
+
+
+def like(rng: random.Random) -> Exercise:
+    """The one picture that shows the same as a given one."""
+    thing = rng.choice(THINGS)
+    things = [other_than(thing, rng) for _ in range(rng.randint(3, 4))]
+    one, two = rng.sample(range(len(things)), 2)
+    things[one] = things[two] = thing
+    return Exercise(things, f"Which image is the same as image {one + 1}?", f"image {two + 1}")
+
+
+QUESTIONS = (describe_each, what_is, which_shows, how_many, same, like)
+"""The last lesson of Tiny Mantis: everything it can do with several pictures."""
+
+
+def other_than(thing: Thing, rng: random.Random) -> Thing:
+    """A thing of another colour, of another shape, or of both; a third of the time each."""
+    colour = rng.choice([c for c in COLOURS if c != thing.colour])
+    shape = rng.choice([s for s in SHAPES if s != thing.shape])
+    return rng.choice([Thing(colour, thing.shape), Thing(thing.colour, shape), Thing(colour, shape)])
+
+
+def row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str, Any]:
+    """The exercise as a row of chat data, with the paths of its pictures."""
+    marks = "<image>" * len(exercise.things)
+    return {
+        "id": name,
+        "images": list(images),
+        "conversations": [
+            {"from": "human", "value": marks + exercise.question},
+            {"from": "gpt", "value": exercise.answer},
+        ],
+    }
+
+
+def write(folder: Path, rows: int, held_out: int, seed: int) -> None:
+    """Write an odd-one-out data set: `train.jsonl` and `held_out.jsonl`, which share no picture, and their PNG files."""
+    for split, count in (("train", rows), ("held_out", held_out)):
+        rng = random.Random(f"{seed} {split}")
+        files = _write_pictures(folder, Path("pictures") / split, rng)
+        exercises = (odd_one_out(rng) for _ in range(count))
+        lines = [
+            json.dumps(row(f"{split}_{at}", exercise, [rng.choice(files[thing]) for thing in exercise.things]))
+            for at, exercise in enumerate(exercises)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def _write_pictures(folder: Path, inside: Path, rng: random.Random) -> dict[Thing, list[str]]:
+    """Draw pictures of every thing; returns their paths relative to `folder`."""
+    (folder / inside).mkdir(parents=True, exist_ok=True)
+    files = {
+        thing: [f"{inside.as_posix()}/{thing.colour}-{thing.shape}-{k}.png" for k in range(PICTURES_OF_A_THING)]
+        for thing in THINGS
+    }
+    for thing, paths in files.items():
+        for path in paths:
+            draw(thing, rng).save(folder / path)
+    return files
+
+
+def _describe(count: int, rng: random.Random) -> Exercise:
+    things = [rng.choice(THINGS) for _ in range(count)]
+    question = "What is in each image?" if count > 1 else "What is in the image?"
+    return Exercise(things, question, ", ".join(map(_named, things)))
+
+
+def _any_things(rng: random.Random) -> list[Thing]:
+    return [rng.choice(THINGS) for _ in range(rng.randint(2, 4))]
+
+
+def _named(thing: Thing) -> str:
+    return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing}"

@@ -1,0 +1,135 @@
+"""A tiny LLaVA, a byte-level tokenizer, pictures and rows, all made from seeds; nothing is downloaded."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+
+from mantis_lite.data.encode import Encoder, Vision
+from mantis_lite.data.template import LLAMA_3, MLLAVA_V1, Token
+from mantis_lite.recipe import Recipe, make_recipe
+
+SHARED = Path(__file__).parents[2] / "shared"
+TEMPLATES = {template.name: template for template in (LLAMA_3, MLLAVA_V1)}
+SIDE = 28
+WORDS = [
+    "What is in the picture?",
+    "The first picture shows a small red circle, the second a dog.",
+    "USER: ASSISTANT: ",
+]
+
+
+def tokenizer(template: str = "llama_3") -> Tokenizer:
+    """A byte-level BPE with the special tokens of one template, `<image>` and `<|pad|>`."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = [*sorted(TEMPLATES[template].tokens), "<image>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(WORDS, trainer)
+    return made
+
+
+def by_size(template: str = "llama_3", **settings) -> Encoder:
+    """An Encoder whose pictures take tokens and patches by their size, so that a wrong size is a wrong length."""
+    vision = Vision(
+        token=Token("<image>"),
+        wrap=lambda j: (f"(image {j}: <Image>", "</Image>)"),
+        tokens=lambda size: size[0] // 4 + size[1] // 5,
+        patches=lambda size: size[0] * size[1] // 16,
+        pixels=lambda pictures: {"sizes": np.array([picture.size for picture in pictures])},
+        facts="by size",
+    )
+    return Encoder(tokenizer(template), TEMPLATES[template], vision, **settings)
+
+
+def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
+    """A random LLaVA: a SigLIP tower of three layers, of which two are read, and a Llama with grouped heads."""
+    tokens = tokenizer()
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=tokens.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,  # large enough that what a token sees moves its logits
+    )
+    tower = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=tokens.token_to_id("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        initializer_range=0.2,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def save_llava(folder: Path) -> Path:
+    """Write a `tiny_llava` with its tokenizer and processor, as a checkpoint is published."""
+    tiny_llava().save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="<|pad|>", eos_token="<|eot_id|>")
+    wrapped.save_pretrained(folder)
+    size = {"height": SIDE, "width": SIDE}
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": size, "image_mean": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"image_std": [0.5] * 3}))
+    return folder
+
+
+def recipe(model: str | Path = "unused", **settings) -> Recipe:
+    return make_recipe({"model": str(model), "data": "unused.json", "run_dir": "unused", "method": "lora"} | settings)
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> bytes:
+    """A PNG of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def chat(*texts: str, images: tuple[int, ...] = (), **row) -> dict:
+    """A row whose turns alternate from the user's, with pictures of these seeds as bytes."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)]
+    return row | {"images": [{"bytes": picture(seed)} for seed in images], "messages": turns}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Write rows as JSON Lines, their pictures as files beside it; returns the path as text."""
+    lines = []
+    for at, row in enumerate(rows):
+        names = []
+        for number, image in enumerate(row["images"]):
+            names.append(f"{path.stem}-{at}-{number}.png")
+            (path.parent / names[-1]).write_bytes(image["bytes"])
+        lines.append(json.dumps(row | {"images": names}))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)

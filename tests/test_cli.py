@@ -1,0 +1,95 @@
+"""Commands as a user types them: exit codes, what is printed, and what stays unimported."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import chat, write_rows
+
+
+def run(*words, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "mantis_lite", *words], capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipes", "list"], ["train", "--help"]], ids=" ".join)
+def test_help_imports_no_torch(words):
+    script = (
+        "import sys; sys.argv[1:] = {!r}\ntry:\n    from mantis_lite.cli import main; main()\n"
+        "finally:\n    print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script.format(words)], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_misspelt_key_ends_in_2_and_names_the_right_one():
+    done = run("train", "chat", "data=x.json", "packing.max_lenght=4096")
+    assert done.returncode == 2
+    assert done.stderr == "RecipeError: packing.max_lenght: no such key; did you mean packing.max_length?\n"
+
+
+def test_a_misspelt_key_is_found_before_anything_heavy_is_imported():
+    quickest = min(_seconds() for _ in range(3))  # the least of three: this machine may be busy
+    assert quickest < 1
+
+
+def _seconds() -> float:
+    begun = time.perf_counter()
+    run("train", "chat", "data=x.json", "packing.max_lenght=4096")
+    return time.perf_counter() - begun
+
+
+@pytest.mark.parametrize("words, code", [(["nonsense"], 2), (["train"], 2), (["recipes", "show", "nonsense"], 2)])
+def test_usage_errors_end_in_2(words, code):
+    assert run(*words).returncode == code
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path):
+    assert "chat-siglip-llama3-qlora (also: chat)" in run("recipes", "list").stdout
+    shown = run("recipes", "show", "chat").stdout
+    assert shown.startswith("# Mantis-8B-siglip-llama3")
+    assert run("recipes", "copy", "chat", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "chat-siglip-llama3-qlora.yaml").read_text() == shown
+    again = run("recipes", "copy", "chat", cwd=tmp_path)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = [chat("<image>what is it?", f"number {i}", images=(i,)) for i in range(6)]
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+def test_check_shows_rows_packs_and_what_is_trained(data, llava_folder, tmp_path):
+    done = run("check", "chat", f"data={data}", f"model={llava_folder}", "packing.max_length=256", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "6 rows read, 6 to train on, 0 rejected" in done.stdout
+    assert "images: 1 to 1, median 1" in done.stdout
+    assert "⟦number 0<|eot_id|>⟧" in done.stdout
+    assert list(tmp_path.iterdir()) == []  # nothing is written
+
+
+def test_a_bad_row_ends_in_3(data, llava_folder, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "a", "images": ["gone.png"], "messages": []}\n')
+    done = run("check", "chat", f"data={bad}", f"model={llava_folder}")
+    assert done.returncode == 3
+    assert done.stderr.startswith('SampleError: bad.jsonl:1 (id "a"): ')
+
+
+def test_train_leaves_everything_in_the_run_directory(data, llava_folder, tmp_path):
+    settings = [f"data={data}", f"model={llava_folder}", "method=lora", "packing.max_length=256", "run_dir=run"]
+    steps = ["train.max_steps=2", "train.save_strategy=no", "train.samples_per_step=2"]
+    done = run("train", "chat", *settings, *steps, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter", "recipe.yaml", "metrics.jsonl", "loss.png", "rejects.jsonl"} <= left
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "loss" in log] == [1, 2]
+    assert "language_model" in done.stdout
+    again = run("train", "chat", *settings, *steps, cwd=tmp_path)
+    assert (again.returncode, "--from-scratch" in again.stderr) == (2, True)
+    assert run("train", "chat", *settings, *steps, "--from-scratch", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run.1/adapter").is_dir()
