@@ -25,10 +25,11 @@ class SampleError(DataError):
     `where` is "train.jsonl:12", `found` says what is wrong and `remedy` what to do about it.
     """
 
-    def __init__(self, where: str, found: str, remedy: str, sample_id: str | None = None) -> None:
+    def __init__(self, where: str, found: str = "", remedy: str = "", sample_id: str | None = None) -> None:
         self.where, self.found, self.remedy, self.sample_id = where, found, remedy, sample_id
         named = f'{where} (id "{sample_id}")' if sample_id is not None else where
-        super().__init__(f"{named}: {found}\n  {remedy}")
+        # torch raises a DataLoader worker's error anew from the text of its traceback, as the only argument.
+        super().__init__(f"{named}: {found}\n  {remedy}" if found else where.rpartition("Error: ")[2].strip())
 
     def __reduce__(self):  # an error raised in a DataLoader worker is pickled on its way to the user
         return type(self), (self.where, self.found, self.remedy, self.sample_id)

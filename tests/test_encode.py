@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mantis_lite.data.encode import IGNORE, Encoder
 from mantis_lite.data.schema import Image, Sample, Turn, parse
-from mantis_lite.data.template import MLLAVA_V1, Token
+from mantis_lite.data.template import MLLAVA_V1
 from mantis_lite.errors import SampleError
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.recipe import ModelRecipe
@@ -145,12 +145,6 @@ def test_a_prompt_is_the_sample_up_to_its_answer(name):
     assert encoded.input_ids[: len(asked)].tolist() == asked.input_ids.tolist()
     assert (asked.labels == IGNORE).all() and (encoded.labels[len(asked) :] != IGNORE).all()
     assert (asked.pixels["sizes"] == encoded.pixels["sizes"]).all()
-
-
-def test_the_first_label_is_never_trained():
-    bare = replace(MLLAVA_V1, start=Token("</s>"))
-    encoded = Encoder(tokenizer("mllava_v1"), bare, BY_SIZE).encode(parse(chat("", "a"), "a:1", Path()))
-    assert encoded.labels[0] == IGNORE
 
 
 def test_a_broken_picture_is_named_and_the_others_are_measured():

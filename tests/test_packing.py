@@ -10,7 +10,7 @@ from mantis_lite.data.packing import PATCH_UNITS, Length, fill, plan
 TOKENS = 100
 PATCHES = 10 * PATCH_UNITS  # a multiple: then rounding a sample's share up to a unit changes nothing
 
-tokens = st.integers(1, TOKENS)
+tokens = st.integers(1, TOKENS) | st.integers(1, 3) | st.integers(TOKENS - 3, TOKENS)
 patches = st.integers(0, PATCH_UNITS).map(lambda units: 10 * units)
 samples = st.lists(st.builds(Length, tokens, patches), max_size=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -25,13 +25,15 @@ def holds(budget: Length, found: Length) -> bool:
     return found.tokens <= budget.tokens and (not budget.patches or found.patches <= budget.patches)
 
 
-def best_fit_decreasing(lengths: list[Length]) -> list[int]:
-    """The textbook's, token budget only: what each pack holds."""
-    packs: list[int] = []
-    for size in sorted((length.tokens for length in lengths), reverse=True):
-        fitting = [at for at, held in enumerate(packs) if held + size <= TOKENS]
+def best_fit_decreasing(lengths: list[Length], budget: Length) -> list[Length]:
+    """The textbook's, the longest sample first and each into the fullest pack: what each pack holds."""
+    packs: list[Length] = []
+    for size in sorted(lengths, reverse=True):
+        joined = [Length(held.tokens + size.tokens, held.patches + size.patches) for held in packs]
+        fitting = [at for at, held in enumerate(joined) if holds(budget, held)]
         if fitting:
-            packs[max(fitting, key=packs.__getitem__)] += size
+            best = max(fitting, key=joined.__getitem__)
+            packs[best] = joined[best]
         else:
             packs.append(size)
     return packs
@@ -65,10 +67,12 @@ def test_no_two_packs_could_be_one(lengths, budget, seed):
     assert not any(holds(budget, Length(a.tokens + b.tokens, a.patches + b.patches)) for a, b in pairs)
 
 
-@given(samples, seeds)
-def test_packs_are_those_of_best_fit_decreasing(lengths, seed):
-    packs = plan(lengths, Length(TOKENS, 0), seed)
-    assert sorted(total(lengths, pack).tokens for pack in packs) == sorted(best_fit_decreasing(lengths))
+@given(samples, budgets, seeds)
+def test_packs_are_those_of_best_fit_decreasing(lengths, budget, seed):
+    if not budget.patches:
+        lengths = [Length(length.tokens, 0) for length in lengths]
+    packs = plan(lengths, budget, seed)
+    assert sorted(total(lengths, pack) for pack in packs) == sorted(best_fit_decreasing(lengths, budget))
 
 
 @given(samples, budgets, seeds, st.integers(0, 5))

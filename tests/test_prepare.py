@@ -56,8 +56,14 @@ def test_every_row_with_its_length(tmp_path):
 
 BAD_ROWS = pytest.mark.parametrize(
     "change",
-    [{"messages": []}, {"images": ["missing.png"]}, {"images": ["rows.jsonl"]}],
-    ids=["turns", "missing", "no picture"],
+    [
+        {"messages": []},
+        {"images": ["missing.png"]},
+        {"images": ["rows.jsonl"]},
+        {"images": ["a\0b.png"]},
+        {"messages": chat("Hi", "half an emoji: \ud83d")["messages"]},
+    ],
+    ids=["turns", "missing", "no picture", "no path", "half a character"],
 )
 
 
@@ -178,12 +184,13 @@ def test_a_mantis_data_config_is_a_list_of_sources(tmp_path):
     config.write_text(
         "data:\n"
         "  - {name: first, type: jsonl, path: a.jsonl, format: chat, split: train}\n"
-        "  - {path: b.jsonl, type: jsonl, format: chat, max_size: 2}\n"
+        "  - {path: b.jsonl, type: jsonl, format: chat, max_size: 2, weight: 3}\n"
     )
-    from_config = ready(str(config))
+    from_config = ready({"path": str(config), "weight": 0.5})
     listed = ready([str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), "max_size": 2}])
     assert ids(from_config.train) == ids(listed.train) == ["0", "1", "2", "0", "1"]
     assert from_config.train.lengths.tolist() == listed.train.lengths.tolist()
+    assert from_config.train.weights == [0.5, 1.5]  # its own, times the recipe's
 
 
 class Poisoned:

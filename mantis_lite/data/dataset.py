@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import SampleError
 from ..recipe import PackingRecipe
 from .collate import Batch, collate
-from .encode import Encoded, Encoder
+from .encode import IGNORE, Encoded, Encoder
 from .packing import Length, plan
 from .prepare import Samples
 
@@ -70,7 +70,7 @@ def pack_dataset(
     """A datasets.Dataset with a row a pack, encoded when it is asked for: pixels are decoded nowhere else.
 
     `broken` is told of a picture whose header was sound and whose pixels are not; where it returns, the pack goes on
-    without that sample, and a pack with no other is an error.
+    without that sample. A pack with no other becomes two tokens without loss, so that the step has a batch.
     """
 
     def encode(rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
@@ -94,9 +94,9 @@ def _encode(
             encoded.append(encoder.encode(samples[index]))
         except SampleError as error:
             broken(error)
-            if len(pack) == 1:
-                raise
-    assert encoded, "a pack of broken samples only"
+    if not encoded:
+        start = encoder.token_id(encoder.template.start)
+        encoded.append(Encoded(np.array([start, start]), np.array([IGNORE, IGNORE]), {}))
     return encoded
 
 

@@ -38,7 +38,7 @@ def content_key(sample: Sample) -> bytes | None:
                 else:
                     stat = os.stat(part.source)
                     parts.append(f"{part.source}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-    except OSError:
+    except (OSError, ValueError):  # the latter for a path that cannot be one
         return None
     sizes = b",".join(b"%d" % len(part) for part in parts)  # so that no two ways of cutting the text agree
     return blake2b(b"".join((sizes, b"\0", *parts)), digest_size=16).digest()

@@ -212,4 +212,5 @@ def _specs(source: SourceRecipe) -> list[SourceRecipe]:
     """A source itself, or those that an upstream data_config.yaml lists."""
     if not source.path.endswith((".yaml", ".yml")):
         return [source]
-    return [SourceRecipe(**(settings | {"weight": source.weight})) for settings in expand(source.path)]
+    listed = [SourceRecipe(**settings) for settings in expand(source.path)]
+    return [each.model_copy(update={"weight": each.weight * source.weight}) for each in listed]

@@ -67,9 +67,22 @@ def parse(row: Mapping[str, Any], where: str, root: Path) -> Sample:
         turns, notices = _turns(row, root)
         images, ignored = _column(row, root)
         read = _pair(turns, images)
+        _refuse_half_characters(read)
     except _Fault as fault:
         raise SampleError(where, fault.found, fault.remedy, _id(row)) from None
     return Sample(where, _id(row), read, notices + ignored)
+
+
+def _refuse_half_characters(turns: tuple[Turn, ...]) -> None:
+    """JSON may write half of an emoji, which no tokenizer takes."""
+    for turn in turns:
+        for part in turn.content:
+            if isinstance(part, str) and not part.isascii():
+                try:
+                    part.encode()
+                except UnicodeEncodeError as error:
+                    found = f"a turn of the {turn.role} has half a character, {part[error.start]!a}"
+                    raise _Fault(found, "Write its other half behind it, or take it out.") from None
 
 
 class _Fault(Exception):

@@ -48,13 +48,12 @@ def what_is(rng: random.Random) -> Exercise:
     return Exercise(things, f"What shape is image {at + 1}?", things[at].shape)
 
 
-def which_shows(rng: random.Random) -> Exercise:
-    """The one picture that shows a thing, among others that differ from it."""
+def which_show(rng: random.Random) -> Exercise:
+    """All pictures that show a thing, if any, among others that differ from it."""
     thing = rng.choice(THINGS)
-    things = [other_than(thing, rng) for _ in range(rng.randint(2, 4))]
-    at = rng.randrange(len(things))
-    things[at] = thing
-    return Exercise(things, f"Which image shows {_named(thing)}?", f"image {at + 1}")
+    things = [thing if rng.random() < 0.4 else other_than(thing, rng) for _ in range(rng.randint(2, 4))]
+    found = [f"image {at}" for at, shown in enumerate(things, 1) if shown == thing]
+    return Exercise(things, f"Which images show {_named(thing)}?", ", ".join(found) or "none")
 
 
 def how_many(rng: random.Random) -> Exercise:
@@ -66,13 +65,14 @@ def how_many(rng: random.Random) -> Exercise:
     return Exercise(things, f"How many images show {_named(thing)}?", str(shown))
 
 
-def same(rng: random.Random) -> Exercise:
-    """Whether two pictures among several show the same."""
-    things = _any_things(rng)
-    one, two = rng.sample(range(len(things)), 2)
-    alike = rng.random() < 0.5
-    things[two] = things[one] if alike else other_than(things[one], rng)
-    return Exercise(things, f"Are image {one + 1} and image {two + 1} the same?", "yes" if alike else "no")
+def compare(rng: random.Random) -> Exercise:
+    """Whether each picture shows the same as a given one, in order."""
+    thing = rng.choice(THINGS)
+    things = [thing if rng.random() < 0.5 else other_than(thing, rng) for _ in range(rng.randint(2, 4))]
+    at = rng.randrange(len(things))
+    things[at] = thing
+    answers = ["same" if shown == thing else "different" for shown in things]
+    return Exercise(things, f"Compare each image with image {at + 1}.", ", ".join(answers))
 
 
 def like(rng: random.Random) -> Exercise:
@@ -84,7 +84,7 @@ def like(rng: random.Random) -> Exercise:
     return Exercise(things, f"Which image is the same as image {one + 1}?", f"image {two + 1}")
 
 
-QUESTIONS = (describe_each, what_is, which_shows, how_many, same, like)
+QUESTIONS = (describe_each, what_is, which_show, how_many, compare, like)
 """The last lesson of Tiny Mantis: everything it can do with several pictures."""
 
 
@@ -109,7 +109,7 @@ def row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str, Any]:
 
 
 def write(folder: Path, rows: int, held_out: int, seed: int) -> None:
-    """Write an odd-one-out data set: `train.jsonl` and `held_out.jsonl`, which share no picture, and their PNG files."""
+    """Write an odd-one-out data set: `train.jsonl` and `held_out.jsonl`, sharing no picture, and their PNG files."""
     for split, count in (("train", rows), ("held_out", held_out)):
         rng = random.Random(f"{seed} {split}")
         files = _write_pictures(folder, Path("pictures") / split, rng)

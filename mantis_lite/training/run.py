@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
 
     Raises RecipeError, DataError, SampleError and FitError before any weight is loaded.
     """
+    if not from_scratch:
+        _refuse_finished(recipe.run_dir)
     checkpoint = open_checkpoint(recipe.model)
     encoder = checkpoint.encoder(recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder)
@@ -86,15 +89,25 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     return start(recipe, callbacks, from_scratch).train()
 
 
-def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
-    run_dir = recipe.run_dir
-    if from_scratch and run_dir.exists():
-        aside = next(p for n in range(1, 10**6) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
-        run_dir.rename(aside)
+class _Trainer(SFTTrainer):
+    """TRL's trainer, reporting nothing home."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+def _refuse_finished(run_dir: Path) -> None:
     if any((run_dir / done).exists() for done in ("adapter", "model")):
         raise RecipeError(
             f"run_dir: {run_dir} holds a finished run\n  Add --from-scratch to move it aside, or set another run_dir."
         )
+
+
+def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
+    run_dir = recipe.run_dir
+    if from_scratch and run_dir.exists():
+        aside = (run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1))
+        run_dir.rename(next(path for path in aside if not path.exists()))
     run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run_dir / "recipe.yaml")
 
@@ -109,7 +122,7 @@ def _trainer(
 ) -> SFTTrainer:
     broken = _Broken(recipe, prepared)
     held_out = prepared.held_out
-    return SFTTrainer(
+    return _Trainer(
         model=model,
         args=SFTConfig(**_arguments(recipe, packs)),
         data_collator=collate_packs,

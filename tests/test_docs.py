@@ -1,0 +1,57 @@
+"""What the README and the examples say holds: commands parse, keys exist, recipes load."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mantis_lite.cli import app
+from mantis_lite.recipe import load_recipe, recipes_dir
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+CODE = [line for language, block in BLOCKS if not language for line in block.splitlines()]
+COMMANDS = [shlex.split(line, comments=True) for line in CODE if line.startswith("mantis-lite")]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
+    _, command, *rest = words
+    if command in ("train", "check"):
+        load_recipe(rest[0], rest[1:])
+    else:
+        monkeypatch.chdir(tmp_path)
+        assert CliRunner().invoke(app, [command, *rest]).exit_code == 0
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {word for pair in re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)", README, re.M) for word in pair if word}
+    assert {"quickstart", "test"} <= named <= targets
+
+
+def test_keys_of_the_readme_exist():
+    table = re.findall(r"^\| (`[^|]*`) \|", README, re.M)
+    keys = [key for cell in table for key in re.findall(r"`([a-z_]+\.[a-z_]+)`", cell)]
+    assert len(keys) > 10
+    for key in keys:
+        section, name = key.split(".")
+        recipe = load_recipe("chat", ["data=x"])
+        known = section == "train" or name in type(getattr(recipe, section)).model_fields
+        assert known, key
+
+
+@pytest.mark.parametrize("path", sorted(recipes_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
+    load_recipe(path, ["data=x"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_every_example_says_what_it_is(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)

@@ -1,0 +1,147 @@
+"""Training as a user runs it, on the real rows and to the end; what a run leaves behind."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, chat, write_rows
+from safetensors import safe_open
+from transformers import TrainerCallback
+
+from mantis_lite.errors import DataError, SampleError
+from mantis_lite.recipe import load_recipe, make_recipe
+from mantis_lite.training.run import start, train
+
+REAL = SHARED / "data/mantis-examples/chat/train.json"
+GOLDEN = SHARED / "golden/checkpoints/mllava_siglip_llama3"
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def losses(run_dir) -> list[float]:
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [log["loss"] for log in logs if "loss" in log]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists() or not GOLDEN.exists(), reason="the real rows or golden checkpoints are absent")
+def test_the_real_chat_data_trains_end_to_end(tmp_path):
+    settings = [f"data={REAL}", f"model={GOLDEN}", "method=lora", f"run_dir={tmp_path / 'run'}"]
+    step = ["train.samples_per_step=12", "train.learning_rate=3e-3", "train.save_strategy=no"]
+    run = start(load_recipe("chat", settings + step))
+    samples = run.prepared.train
+    assert (run.prepared.rows_read, len(samples), len(run.prepared.rejects)) == (70, 70, 0)
+    assert sorted(index for pack in run.schedule.packs for index in pack) == list(range(70))
+    assert len(run.schedule.packs) <= math.ceil(samples.lengths[:, 0].sum() / 8192) + 2
+    run.train()
+    falling = losses(tmp_path / "run")
+    assert falling[-1] < falling[0] - 0.05
+
+
+@pytest.fixture
+def settings(llava_folder, tmp_path):
+    rows = [chat(f"what is number {i}?", f"number {i} is red", images=(i,)) for i in range(12)]
+    return {
+        "model": str(llava_folder),
+        "data": write_rows(tmp_path / "rows.jsonl", rows),
+        "run_dir": str(tmp_path / "run"),
+        "method": "lora",
+        "packing": {"max_length": 256},
+        "train": {"num_train_epochs": 2, "learning_rate": 3e-3, "samples_per_step": 4, "save_strategy": "no"},
+    }
+
+
+def test_a_run_leaves_what_it_was_and_what_it_did(settings, tmp_path):
+    folder = train(make_recipe(settings))
+    assert folder == tmp_path / "run/adapter"
+    assert load_recipe(tmp_path / "run/recipe.yaml") == make_recipe(settings)
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert logs[-1]["epoch"] == 2
+    assert not list((tmp_path / "run").rglob("training_args.bin")), "a pickle was left behind"
+
+
+def test_the_same_recipe_gives_the_same_losses(settings, tmp_path):
+    train(make_recipe(settings))
+    train(make_recipe(settings | {"run_dir": str(tmp_path / "again")}))
+    assert losses(tmp_path / "run") == losses(tmp_path / "again")
+
+
+def test_a_run_stopped_at_a_checkpoint_goes_on_as_if_it_had_not(settings, tmp_path):
+    train(make_recipe(settings))
+    stopped = settings["train"] | {"save_strategy": "steps", "save_steps": 3}
+    recipe = make_recipe(settings | {"run_dir": str(tmp_path / "resumed"), "train": stopped})
+    run = start(recipe)
+    run.trainer.add_callback(StopAt(3))
+    run.trainer.train()
+    train(recipe)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "resumed"), rtol=1e-6)
+
+
+def test_held_out_rows_are_evaluated(settings, tmp_path):
+    train(make_recipe(settings | {"data": {"sources": settings["data"], "eval": 0.25}, "eval": {"every": 2}}))
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "eval_loss" in log]
+
+
+def test_a_full_fine_tune_is_saved_in_the_published_layout(settings, llava_folder, tmp_path):
+    full = {"method": "full", "trainable": {"vision_tower": "frozen"}}
+    folder = train(make_recipe({k: v for k, v in settings.items() if k != "method"} | full))
+    with (
+        safe_open(folder / "model.safetensors", "pt") as ours,
+        safe_open(llava_folder / "model.safetensors", "pt") as base,
+    ):
+        assert set(ours.keys()) == set(base.keys())
+        moved = {key for key in base.keys() if not torch.equal(ours.get_tensor(key), base.get_tensor(key))}
+    assert moved == {key for key in moved if not key.startswith("vision_tower")}
+    assert any("language_model" in key for key in moved) and any("projector" in key for key in moved)
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert (folder / name).read_bytes() == (llava_folder / name).read_bytes()
+
+
+def _truncate(settings, number: int) -> None:
+    """Cut a picture short behind its header: only decoding can tell."""
+    picture = Path(settings["data"]).with_name(f"rows-{number}-0.png")
+    picture.write_bytes(picture.read_bytes()[:-600])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_when_decoded_stops_the_run_by_name(settings, workers):
+    _truncate(settings, 5)
+    train_settings = settings["train"] | {"dataloader_num_workers": workers}
+    with pytest.raises(SampleError, match=r"^rows\.jsonl:6: "):
+        train(make_recipe(settings | {"train": train_settings}))
+
+
+def test_or_is_counted_under_skip_up_to_a_bound(settings, tmp_path):
+    _truncate(settings, 5)
+    skip = settings | {"data": {"sources": settings["data"], "on_bad_row": "skip"}}
+    train(make_recipe(skip))
+    rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").read_text().splitlines()]
+    assert [reject["where"] for reject in rejects] == ["rows.jsonl:6"]
+    _truncate(settings, 7)
+    with pytest.raises(DataError, match="more than 1 rows"):
+        train(make_recipe(skip | {"run_dir": str(tmp_path / "second")}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quickstart_learns_what_it_could_not_do(tmp_path):
+    from mantis_lite.quickstart import quickstart
+
+    said = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        outcome = quickstart([f"run_dir={tmp_path / 'run'}"], [], False, said.append)
+    assert outcome.before < 0.5 and outcome.after >= 0.9
+    assert (outcome.adapter / "adapter_model.safetensors").is_file()
