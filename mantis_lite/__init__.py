@@ -11,17 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from .errors import RecipeError
 from .recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "train"]
 
 
-def train(recipe: Recipe | str, overrides: Iterable[str] = (), from_scratch: bool = False) -> Path:
+def train(recipe: Recipe | str | Path, overrides: Iterable[str] = (), from_scratch: bool = False) -> Path:
     """Train a recipe, or the one of a name with `key=value` overrides; returns the folder of what was trained.
 
     Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
     """
     from .training import run  # torch is imported when it is needed
 
-    return run.train(load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe, from_scratch=from_scratch)
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError(
+                "train: overrides beside a Recipe\n  Give them to load_recipe, or the recipe by its name."
+            )
+        return run.train(recipe, from_scratch=from_scratch)
+    return run.train(load_recipe(recipe, overrides), from_scratch=from_scratch)

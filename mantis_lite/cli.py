@@ -42,9 +42,10 @@ def train_command(recipe: RecipeArgument, overrides: Overrides = None, from_scra
     from .training.callbacks import ProgressBar
     from .training.run import start
 
-    run = start(loaded, [ProgressBar()], from_scratch)
-    _show_start(run)
-    saved = run.train()
+    with ProgressBar() as bar:
+        run = start(loaded, [bar], from_scratch)
+        _show_start(run)
+        saved = run.train()
     typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
 
 
@@ -67,7 +68,8 @@ def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = 
     from .quickstart import quickstart
     from .training.callbacks import ProgressBar
 
-    outcome = quickstart(overrides or (), [ProgressBar()], from_scratch, typer.echo)
+    with ProgressBar() as bar:
+        outcome = quickstart(overrides or (), [bar], from_scratch, typer.echo)
     typer.echo(f"\nheld-out accuracy: {outcome.before:.1%} before, {outcome.after:.1%} after")
     typer.echo(f"saved {outcome.adapter}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
 
@@ -120,10 +122,11 @@ def main() -> None:
 
 
 def _prepare_process() -> None:
-    """Quiet what is not the user's concern, and let nothing report home (TRL would)."""
+    """Quiet what is not the user's concern, and report nothing home; before torch is imported."""
     import os
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning cripple torch on a busy CPU
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
     from transformers.utils import logging as transformers_logging
@@ -172,7 +175,8 @@ def _show_check(found: Check) -> None:
     for reject in found.prepared.rejects[:10]:
         console.print(f"  rejected {reject}", markup=False)
     console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
-    size = sum(map(len, found.schedule.packs[: found.packs])) / found.packs
+    first = found.schedule.packs[: found.packs]
+    size = sum(map(len, first)) / len(first)
     console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
     plan = found.schedule
     console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.accumulation} packs; in all {plan.steps:,}")

@@ -1,5 +1,7 @@
 """What a user can get wrong, each with the exit code the command line ends with."""
 
+import re
+
 
 class MantisError(ValueError):
     """A mistake a user can mend; the message says where, what was found and what to do."""
@@ -29,7 +31,9 @@ class SampleError(DataError):
         self.where, self.found, self.remedy, self.sample_id = where, found, remedy, sample_id
         named = f'{where} (id "{sample_id}")' if sample_id is not None else where
         # torch raises a DataLoader worker's error anew from the text of its traceback, as the only argument.
-        super().__init__(f"{named}: {found}\n  {remedy}" if found else where.rpartition("Error: ")[2].strip())
+        super().__init__(
+            f"{named}: {found}\n  {remedy}" if found else re.split(r"^[\w.]*Error: ", where, flags=re.M)[-1].strip()
+        )
 
     def __reduce__(self):  # an error raised in a DataLoader worker is pickled on its way to the user
         return type(self), (self.where, self.found, self.remedy, self.sample_id)

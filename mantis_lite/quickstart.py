@@ -16,7 +16,7 @@ from .recipe import SourceRecipe, load_recipe
 from .tiny import tasks
 from .training.run import start
 
-ROWS, HELD_OUT, SEED = 4000, 200, 0
+ROWS, HELD_OUT, SEED = 3000, 200, 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def quickstart(
     say: Callable[[str], None],
 ) -> Outcome:
     """Draw the pictures, measure, fine-tune by the recipe `quickstart`, measure again; `say` is told each stage."""
-    recipe = load_recipe("quickstart", ["data=-", *overrides])
+    recipe = load_recipe("quickstart", ["data=not-drawn-yet", *overrides])
     folder = recipe.run_dir.with_name(f"{recipe.run_dir.name}-data")
     say(f"drawing {ROWS + HELD_OUT} rows of four pictures into {folder}")
     tasks.write(folder, rows=ROWS, held_out=HELD_OUT, seed=SEED)

@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib.util
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,11 @@ REFUSED = {
     "eval_steps": "set eval.every",
     "do_eval": "set data.eval",
     "train_sampling_strategy": "the plan orders the packs; set packing.seed",
-    "use_liger_kernel": "set memory.kernels",
+    "use_liger_kernel": "layers are not fused yet",
+    "resume_from_checkpoint": "running again in the same run_dir resumes",
+    "prediction_loss_only": "evaluation gives the loss",
+    "do_train": "that is what the command does",
+    "do_predict": "there is nothing to predict on",
     "deepspeed": "set launch.strategy",
     "fsdp": "set launch.strategy",
 }
@@ -52,6 +57,7 @@ UNBUILT = {
     "media.sampling": "video is not trained here yet",
     "media.frame_label": "video is not trained here yet",
     "head": "classification is not trained here yet",
+    "memory.kernels": "layers are not fused yet",
     "memory.offload_activations": "not available yet",
     "memory.vision_cache": "not available yet",
     "memory.fit": "not available yet",
@@ -60,6 +66,9 @@ UNBUILT = {
     "eval.patience": "not available yet",
     "launch": "one GPU only for now",
 }
+
+
+STEP_SIZES = ("tokens_per_step", "samples_per_step", "gradient_accumulation_steps")
 
 
 class Section(BaseModel):
@@ -214,7 +223,10 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = find_recipe(str(name))
     settings = _expand(_read_yaml(path), str(path))
     for override in overrides:
-        settings = _merge(settings, _expand(_parse_override(override), override))
+        top = _expand(_parse_override(override), override)
+        if isinstance(top.get("train"), dict) and set(STEP_SIZES) & set(top["train"]):
+            settings = _merge(settings, {"train": dict.fromkeys(STEP_SIZES)})  # one size of a step replaces another
+        settings = _merge(settings, top)
     settings.setdefault("run_dir", f"runs/{path.stem}")
     return make_recipe(settings)
 
@@ -227,7 +239,7 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(detail) for detail in error.errors())) from None
+        raise RecipeError("\n".join(dict.fromkeys(map(_explain, error.errors())))) from None
     problems = [*_unbuilt(recipe), *_train_problems(recipe.train), *_conflicts(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
@@ -283,10 +295,18 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"{override}: not an override\n  Write key=value, for example packing.max_length=4096.")
+    if not text.strip() or re.search(r"\s#", text):
+        return _nested(key, text)  # no text at all, or a sentence with what YAML would take for a comment
     try:
         value = _yaml().load(io.StringIO(text))
     except YAMLError:
         value = text  # a path or sentence with YAML's own characters in it
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        value = text  # "Note: be brief" is a sentence; a mapping is written in braces
+    return _nested(key, value)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
     for name in reversed(key.split(".")):
         value = {name: value}
     return value
@@ -325,14 +345,15 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _train_keys() -> tuple[str, ...]:
-    """TrainingArguments' field names, read from its source: importing it would take seconds."""
+def _train_keys() -> dict[str, str]:
+    """TrainingArguments' field names and annotations, read from its source: importing it would take seconds."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin is not None
     tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    names = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    return (*(name for name in names if not name.startswith("_")), "tokens_per_step", "samples_per_step")
+    fields = [(n.target, n.annotation) for n in body if isinstance(n, ast.AnnAssign)]
+    keys = {name.id: ast.unparse(kind) for name, kind in fields if isinstance(name, ast.Name)}
+    return {k: kind for k, kind in keys.items() if not k.startswith("_")} | dict.fromkeys(STEP_SIZES, "step size")
 
 
 def _known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -354,7 +375,7 @@ def _did_you_mean(found: str, known: Iterable[str]) -> str:
 
 def _explain(detail: Any) -> str:
     """One pydantic error in this project's words."""
-    key = ".".join(str(part) for part in detail["loc"] if not (isinstance(part, str) and "[" in part))
+    key = ".".join(str(part) for part in detail["loc"] if part not in ("float", "str"))  # a union's own
     if detail["type"] == "extra_forbidden":
         known = [*_known_keys(), *(f"train.{name}" for name in _train_keys()), *_source_keys(key)]
         return f"{key}: no such key{_did_you_mean(key, known)}"
@@ -372,7 +393,7 @@ def _source_keys(key: str) -> list[str]:
 
 def _unbuilt(recipe: Recipe) -> Iterator[str]:
     if recipe.task != "chat":
-        yield f"task: {recipe.task} is not trained here yet, only chat"
+        yield f"task: {recipe.task} is not trained here yet\n  Set task=chat."
     for key, reason in UNBUILT.items():
         value, default = recipe, type(recipe).model_construct()
         for name in key.split("."):
@@ -387,7 +408,12 @@ def _train_problems(train: dict[str, Any]) -> Iterator[str]:
             yield f"train.{key}: not set here: {REFUSED[key]}"
         elif key not in _train_keys():
             yield f"train.{key}: no such key{_did_you_mean(f'train.{key}', [f'train.{k}' for k in _train_keys()])}"
-    steps = [k for k in ("tokens_per_step", "samples_per_step", "gradient_accumulation_steps") if k in train]
+    numbers = {"int": (int, "a whole number"), "float": (int | float, "a number")}
+    for key, value in train.items():
+        kind, name = numbers.get(_train_keys().get(key, ""), (object, ""))
+        if not isinstance(value, kind) or (name and isinstance(value, bool)):
+            yield f"train.{key}: expected {name}, found {value!r}"
+    steps = [key for key in STEP_SIZES if key in train]
     if len(steps) > 1:
         yield f"train: {' and '.join(steps)} each set the size of a step\n  Keep one of them."
     for key in steps:
@@ -407,14 +433,16 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
     if set(recipe.parts.values()) == {"frozen"}:
         yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
-    if recipe.method == "full" and recipe.lora.model_fields_set:
-        key = min(recipe.lora.model_fields_set)
+    changed = [key for key in LoraRecipe.model_fields if getattr(recipe.lora, key) != getattr(LoraRecipe(), key)]
+    if recipe.method == "full" and changed:
+        key = changed[0]
         yield f"lora.{key}: has no effect with method=full\n  Set lora=null, or method=lora."
     if recipe.quantized and recipe.method != "qlora":
         yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
     if recipe.method == "qlora" and recipe.quantized != ["language_model"]:
         yield f"memory.quantize: {recipe.quantized}\n  Only [language_model] can be quantised for now."
     if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:
-        yield f"data.eval: expected a share between 0 and 1, or a file, found {recipe.data.eval}"
+        found = recipe.data.eval
+        yield f"data.eval: expected a share between 0 and 1, or a file, found {found}\n  Write data.eval=0.05."
     if recipe.eval.every and recipe.data.eval is None:
         yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."

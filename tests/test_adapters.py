@@ -114,8 +114,9 @@ def test_target_modules_of_ones_own(made):
             "  It has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
         ),
         (
-            {"lora": {"target_modules": ["q_proj"]}, "trainable": {"projector": "adapter"}},
-            "lora.target_modules: the projector has no linear layer q_proj\n  It has linear_1, linear_2.",
+            {"lora": {"target_modules": ["linear_1"]}},
+            "lora.target_modules: the language_model has no linear layer linear_1\n"
+            "  It has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
         ),
     ],
     ids=["unknown", "another part's"],
@@ -124,6 +125,12 @@ def test_unknown_target_modules(made, settings, message):
     with pytest.raises(RecipeError) as caught:
         made(**settings)
     assert str(caught.value) == message
+
+
+def test_target_modules_may_lie_in_different_parts(made):
+    model = made(lora={"target_modules": ["q_proj", "linear_1"]}, trainable={"projector": "adapter"})
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "linear_1"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mantis_lite.errors import RecipeError
-from mantis_lite.recipe import Recipe, load_recipe, make_recipe, recipes_dir, save_recipe
+from mantis_lite.recipe import REFUSED, UNBUILT, Recipe, load_recipe, make_recipe, recipes_dir, save_recipe
 
 RECIPES = sorted(recipes_dir().glob("*.yaml"))
 BARE = {"model": "a/b", "data": "my.json", "run_dir": "runs/x"}
@@ -60,7 +60,13 @@ def test_saved_and_read_again_it_is_the_same(tmp_path, path):
         ("train.run_name=no", lambda r: r.train["run_name"], "no"),
         ("prompt.system=on", lambda r: r.prompt.system, "on"),
         ("prompt.system=[sic", lambda r: r.prompt.system, "[sic"),
-        ("prompt.system=", lambda r: r.prompt.system, None),
+        ("prompt.system=", lambda r: r.prompt.system, ""),
+        ("prompt.system=Use item #1 only", lambda r: r.prompt.system, "Use item #1 only"),
+        (
+            "train.tokens_per_step=4096",
+            lambda r: {"tokens_per_step", "samples_per_step"} & set(r.train),
+            {"tokens_per_step"},
+        ),
         ('prompt.system=""', lambda r: r.prompt.system, ""),
         ("lora.target_modules=[q_proj, v_proj]", lambda r: r.lora.target_modules, ["q_proj", "v_proj"]),
         ("lora.dora=true", lambda r: r.lora.dora, True),
@@ -82,6 +88,11 @@ def test_saved_and_read_again_it_is_the_same(tmp_path, path):
 )
 def test_overrides(override, get, expected):
     assert get(chat(override)) == expected
+
+
+def test_a_sentence_with_a_colon_stays_a_sentence():
+    assert chat("prompt.system=Note: be brief").prompt.system == "Note: be brief"
+    assert chat("lora={r: 4}").lora.r == 4
 
 
 def test_the_last_override_wins_and_neighbours_stay():
@@ -161,6 +172,8 @@ def test_mistakes_are_named(settings, message):
             "train: samples_per_step and gradient_accumulation_steps each set the size of a step\n  Keep one of them.",
         ),
         ({"train": {"tokens_per_step": 0.5}}, "train.tokens_per_step: expected a positive whole number, found 0.5"),
+        ({"train": {"learning_rate": "fast"}}, "train.learning_rate: expected a number, found 'fast'"),
+        ({"train": {"max_steps": 1.5}}, "train.max_steps: expected a whole number, found 1.5"),
         ({"train": {"samples_per_step": 0}}, "train.samples_per_step: expected a positive whole number, found 0"),
     ],
     ids=lambda value: "+".join(value["train"]) if isinstance(value, dict) else "",
@@ -204,7 +217,7 @@ def test_settings_that_contradict(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "video"}, "task: video is not trained here yet, only chat"),
+        ({"task": "video"}, "task: video is not trained here yet\n  Set task=chat."),
         ({"trainable": {"lr": {"projector": 1e-3}}}, "trainable.lr: one learning rate for all parts"),
         ({"media": {"num_frames": 8}}, "media.num_frames: video is not trained here yet"),
         ({"head": {"labels": ["a"]}}, "head: classification is not trained here yet"),
@@ -217,9 +230,46 @@ def test_a_key_that_nothing_reads_yet_is_not_ignored(settings, message):
     assert refused(settings).startswith(message)
 
 
+@pytest.mark.parametrize("key", REFUSED)
+def test_every_key_that_is_set_elsewhere_says_where(key):
+    assert refused({"train": {key: "x"}}) == f"train.{key}: not set here: {REFUSED[key]}"
+
+
+OTHER = {
+    "trainable.lr": {"projector": 1e-3},
+    "media.image_splitting": True,
+    "media.num_frames": 8,
+    "media.fps": 1.0,
+    "media.max_frames": 8,
+    "media.sampling": "upstream",
+    "media.frame_label": "{time}",
+    "head": {"labels": ["a"]},
+    "memory.kernels": "off",
+    "memory.offload_activations": True,
+    "memory.vision_cache": "disk",
+    "memory.fit": "off",
+    "eval.benchmarks": ["nlvr2"],
+    "eval.metric": "loss",
+    "eval.patience": 2,
+    "launch": {"gpus": 2},
+}
+
+
+@pytest.mark.parametrize("key", UNBUILT)
+def test_every_key_that_nothing_reads_says_so(key):
+    section, _, name = key.partition(".")
+    assert refused({section: {name: OTHER[key]} if name else OTHER[key]}) == f"{key}: {UNBUILT[key]}"
+
+
 def test_all_mistakes_at_once():
-    message = refused({"task": "video", "train": {"optim": "sgd", "nothing_like_it": 1}})
+    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "media": {"fps": 1.0}})
     assert len(message.splitlines()) == 3
+
+
+def test_a_full_recipe_reads_back(tmp_path):
+    recipe = make_recipe({"model": "m", "data": "d", "run_dir": "r", "method": "full"})
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize(

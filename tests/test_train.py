@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from helpers import SHARED, chat, write_rows
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from mantis_lite.errors import DataError, SampleError
+from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.recipe import load_recipe, make_recipe
 from mantis_lite.training.run import start, train
 
@@ -79,13 +80,56 @@ def test_the_same_recipe_gives_the_same_losses(settings, tmp_path):
 
 def test_a_run_stopped_at_a_checkpoint_goes_on_as_if_it_had_not(settings, tmp_path):
     train(make_recipe(settings))
-    stopped = settings["train"] | {"save_strategy": "steps", "save_steps": 3}
-    recipe = make_recipe(settings | {"run_dir": str(tmp_path / "resumed"), "train": stopped})
-    run = start(recipe)
-    run.trainer.add_callback(StopAt(3))
-    run.trainer.train()
+    saving = settings["train"] | {"save_strategy": "steps", "save_steps": 3}
+    recipe = make_recipe(settings | {"run_dir": str(tmp_path / "resumed"), "train": saving})
+    stopped(recipe, 3)
     train(recipe)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "resumed"), rtol=1e-6)
+
+
+def stopped(recipe, step: int) -> None:
+    run = start(recipe)
+    run.trainer.add_callback(StopAt(step))
+    run.trainer.train()
+
+
+def test_steps_done_again_are_logged_once(settings, tmp_path):
+    recipe = make_recipe(settings | {"train": settings["train"] | {"save_strategy": "steps", "save_steps": 3}})
+    stopped(recipe, 5)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-3":  # as if the run had been killed before it could save again
+            shutil.rmtree(checkpoint)
+    train(recipe)
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "loss" in log] == list(range(1, logs[-1]["step"] + 1))
+
+
+def test_a_stopped_run_goes_on_only_under_its_own_recipe(settings, tmp_path):
+    train_settings = settings["train"] | {"save_strategy": "steps", "save_steps": 2}
+    stopped(make_recipe(settings | {"train": train_settings}), 2)
+    with pytest.raises(RecipeError, match=r"holds a run with another packing\n  Add --from-scratch"):
+        train(make_recipe(settings | {"train": train_settings, "packing": {"max_length": 200}}))
+
+
+def test_a_value_the_trainer_cannot_use_is_found_before_the_weights(settings, monkeypatch):
+    monkeypatch.setattr("mantis_lite.training.run.load_model", None)
+    with pytest.raises(RecipeError, match="train: "):
+        train(make_recipe(settings | {"train": settings["train"] | {"lr_scheduler_type": "cosin"}}))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_whole_projector_trains_beside_an_adapter(settings, tmp_path, method):
+    run = start(make_recipe(settings | {"method": method, "trainable": {"projector": "full"}}))
+    trained = {p.dtype for p in run.trainer.model.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+    run.train()
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_held_out_rows_are_evaluated_at_the_end_where_no_interval_is_given(settings, tmp_path):
+    train(make_recipe(settings | {"data": {"sources": settings["data"], "eval": 0.25}}))
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_loss" in log for log in logs) == 1
 
 
 def test_held_out_rows_are_evaluated(settings, tmp_path):
@@ -130,7 +174,7 @@ def test_or_is_counted_under_skip_up_to_a_bound(settings, tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").read_text().splitlines()]
     assert [reject["where"] for reject in rejects] == ["rows.jsonl:6"]
     _truncate(settings, 7)
-    with pytest.raises(DataError, match="more than 1 rows"):
+    with pytest.raises(SampleError, match=r"one of more than 1 rows"):
         train(make_recipe(skip | {"run_dir": str(tmp_path / "second")}))
 
 

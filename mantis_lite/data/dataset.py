@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..errors import SampleError
+from ..errors import DataError, RecipeError, SampleError
 from ..recipe import PackingRecipe
 from .collate import Batch, collate
 from .encode import IGNORE, Encoded, Encoder
@@ -52,6 +52,10 @@ def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0) -> list
 def schedule(samples: Samples, packing: PackingRecipe, train: dict[str, Any]) -> Schedule:
     """Lay out all packs of a run: `num_train_epochs` of them, or enough for `max_steps`."""
     first = pack_epoch(samples, packing)
+    if not first:
+        raise DataError("data: the sources' weights leave no row in an epoch\n  Raise the weight of one of them.")
+    if float(train.get("num_train_epochs", 3)) <= 0 and train.get("max_steps", -1) <= 0:
+        raise RecipeError("train.num_train_epochs: expected more than 0\n  Set it, or train.max_steps.")
     accumulation = _accumulation(samples, first, train)
     epochs, max_packs = float(train.get("num_train_epochs", 3)), train.get("max_steps", -1) * accumulation
     packs: list[list[int]] = []

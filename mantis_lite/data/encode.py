@@ -76,7 +76,7 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that a length depends on besides the sample."""
-        facts = [self.tokenizer.to_str(), self.template.name, self.system, self.labels, self.max_image_size]
+        facts = [self.tokenizer.to_str(), repr(self.template), self.system, self.labels, self.max_image_size]
         return hashlib.sha256(json.dumps([*facts, self.vision.facts]).encode()).hexdigest()[:16]
 
     def measure(self, samples: Sequence[Sample]) -> list[Length | SampleError]:

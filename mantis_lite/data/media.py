@@ -11,8 +11,8 @@ from pathlib import Path
 import imagesize
 import PIL.Image
 
-from mantis_lite.data.schema import Image, Sample
-from mantis_lite.errors import SampleError
+from ..errors import SampleError
+from .schema import Image, Sample
 
 MIN_SIDE = 16  # px: upstream enlarges smaller pictures, for the vision processors' sake
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")

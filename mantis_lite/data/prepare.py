@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, PackingRecipe, SourceRecipe
@@ -79,10 +80,14 @@ def prepare(data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: in
         order = np.random.default_rng(seed).permutation(len(prepared.train))
         held_out = max(1, round(len(order) * data.eval))
         prepared.held_out = prepared.train.take(np.sort(order[:held_out]))
+        prepared.held_out.weights = [1.0] * len(prepared.held_out.weights)  # each is asked once
         prepared.train = prepared.train.take(np.sort(order[held_out:]))
     cache.save()
     if not len(prepared.train):
-        raise DataError(f"{data.sources[0].path}: no row is left to train on, of {prepared.rows_read} read")
+        raise DataError(
+            f"{data.sources[0].path}: no row is left to train on, of {prepared.rows_read} read\n"
+            "  See why with `mantis-lite check`."
+        )
     return prepared
 
 
@@ -212,5 +217,14 @@ def _specs(source: SourceRecipe) -> list[SourceRecipe]:
     """A source itself, or those that an upstream data_config.yaml lists."""
     if not source.path.endswith((".yaml", ".yml")):
         return [source]
-    listed = [SourceRecipe(**settings) for settings in expand(source.path)]
+    if beside := sorted(source.model_fields_set - {"path", "weight"}):
+        raise DataError(
+            f"{source.path}: {', '.join(beside)} beside a list of sources\n  Write it into the list's entries."
+        )
+    try:
+        listed = [SourceRecipe(**settings) for settings in expand(source.path)]
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}"
+        raise DataError(f"{source.path}: {found}\n  Mend the entry.") from None
     return [each.model_copy(update={"weight": each.weight * source.weight}) for each in listed]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from mantis_lite.errors import SampleError
+from ..errors import SampleError
 
 Role = Literal["system", "user", "assistant"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
-from mantis_lite.data.schema import parse
-from mantis_lite.errors import DataError, SampleError
-from mantis_lite.recipe import SourceRecipe
+from ..errors import DataError, SampleError
+from ..recipe import SourceRecipe
+from .schema import parse
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SPLITS = {"train", "val", "validation", "valid", "dev", "test", "eval"}

@@ -33,19 +33,29 @@ def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | 
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parts[part_of(name)] == "full")
     else:
-        model = get_peft_model(model, lora_config(model, parts, recipe.lora))
+        model = get_peft_model(model, lora_config(model, parts, recipe.lora, recipe.model.revision))
     if parts["vision_tower"] == "frozen":
         _without_autograd(model.get_submodule(_inside(model, llava.PARTS["vision_tower"])))
     return model
 
 
-def lora_config(model: PreTrainedModel, parts: Mapping[Part, Training], lora: LoraRecipe) -> LoraConfig:
+def lora_config(
+    model: PreTrainedModel, parts: Mapping[Part, Training], lora: LoraRecipe, revision: str | None = None
+) -> LoraConfig:
     """PEFT's settings; target_modules is one regular expression anchored on each part that takes an adapter.
 
     A list of names would be matched by suffix, and so land in the vision tower as well (PEFT's rule).
     """
     adapted = [part for part, training in parts.items() if training == "adapter"]
     whole = [llava.PARTS[part].rpartition(".")[2] for part, training in parts.items() if training == "full"]
+    linear = {part: _linear_layers(model, part) for part in adapted}
+    found = set[str]().union(*linear.values())
+    if missing := [name for name in lora.target_modules or () if name not in found]:
+        raise RecipeError(
+            f"lora.target_modules: the {' and '.join(adapted)} has no linear layer {', '.join(missing)}\n"
+            f"  It has {', '.join(sorted(found))}."
+        )
+    wanted = {part: [n for n in lora.target_modules or llava.TARGETS[part] if n in linear[part]] for part in adapted}
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -53,9 +63,10 @@ def lora_config(model: PreTrainedModel, parts: Mapping[Part, Training], lora: Lo
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         init_lora_weights=True if lora.init == "default" else lora.init,
-        target_modules="|".join(_targets(model, part, lora.target_modules) for part in adapted) or None,
+        target_modules="|".join(_targets(model, part, names) for part, names in wanted.items() if names) or None,
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
+        revision=revision,
     )
 
 
@@ -77,19 +88,16 @@ def part_sizes(model: nn.Module) -> list[PartSize]:
     return [PartSize(part, *sizes[part]) for part in llava.PARTS]
 
 
-def _targets(model: PreTrainedModel, part: Part, names: list[str] | None) -> str:
+def _linear_layers(model: PreTrainedModel, part: Part) -> set[str]:
     path = llava.PARTS[part]
-    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and path in n}
-    wanted = names or llava.TARGETS[part]
-    if missing := [name for name in wanted if name not in linear]:
-        raise RecipeError(
-            f"lora.target_modules: the {part} has no linear layer {', '.join(missing)}\n"
-            f"  It has {', '.join(sorted(linear))}."
-        )
+    return {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and path in n}
+
+
+def _targets(model: PreTrainedModel, part: Part, names: list[str]) -> str:
     layers = ""
     if part == "vision_tower":  # an adapter on a layer whose output nobody reads would never learn
         layers = rf"layers\.(?:{'|'.join(map(str, range(llava.vision_layers(model.config))))})\."
-    return rf"{re.escape(path)}\.(?:.*\.)?{layers}(?:.*\.)?(?:{'|'.join(map(re.escape, wanted))})"
+    return rf"{re.escape(llava.PARTS[part])}\.(?:.*\.)?{layers}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
 def _inside(model: nn.Module, path: str) -> str:

@@ -42,7 +42,7 @@ class Checkpoint:
     def small_files(self) -> list[Path]:
         """Everything of a checkpoint but its weights and their index."""
         files = [file for pattern in SMALL_FILES for file in self.folder.glob(pattern)]
-        return [file for file in files if "safetensors" not in file.name]
+        return [file for file in files if not file.name.endswith(".index.json")]
 
     def encoder(self, recipe: Recipe) -> Encoder:
         """The Encoder of this model under a recipe's prompt and media settings."""
@@ -95,7 +95,10 @@ def _folder(model: ModelRecipe) -> Path:
             f"model: {model.name} is gated on the hub\n  Accept its terms on its page, then `hf auth login`."
         ) from None
     except RevisionNotFoundError:
-        raise RecipeError(f"model.revision: {model.name} has no revision {model.revision}") from None
+        raise RecipeError(
+            f"model.revision: {model.name} has no revision {model.revision}\n"
+            "  Take one of its branches, tags or commits."
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise RecipeError(
             f"model: {model.name} is neither a folder here nor a model on the hub\n"

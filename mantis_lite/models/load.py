@@ -27,22 +27,32 @@ def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
     weights do not fit the architecture exactly.
     """
     dtype = torch.float32 if recipe.method == "full" else working_dtype()
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        checkpoint.name,
-        revision=checkpoint.revision,
-        dtype=dtype,
-        quantization_config=_quantization(recipe, dtype),
-        device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
-        output_loading_info=True,
-    )
+    model, info = _from_pretrained(checkpoint, recipe, dtype)
     faults = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info[name]}
     if faults:
         found = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, first {keys[0]}" for name, keys in faults.items())
-        raise RecipeError(f"model: the weights of {checkpoint.name} do not fit the architecture: {found}")
+        raise RecipeError(
+            f"model: the weights of {checkpoint.name} do not fit the architecture: {found}\n"
+            "  Take the checkpoint as it was published."
+        )
     if recipe.quantized:
         _check_quantized(model)
     use_attention(model, recipe.memory.attention)
     return model
+
+
+def _from_pretrained(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            checkpoint.name,
+            revision=checkpoint.revision,
+            dtype=dtype,
+            quantization_config=_quantization(recipe, dtype),
+            device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise RecipeError(f"model: the weights of {checkpoint.name} cannot be read: {error}") from None
 
 
 def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:

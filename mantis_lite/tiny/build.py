@@ -147,7 +147,7 @@ class Exercises(Dataset):
         return collate([self.encoder.encode(to_sample(exercise, self.album, rng)) for exercise in exercises])
 
 
-def learn_to_see(model: LlavaForConditionalGeneration, steps: Dataset) -> None:
+def learn_to_see(model: LlavaForConditionalGeneration, steps: Seeing) -> None:
     """Train the tower alone: colour and shape, read off the mean of the positions that the projector will read."""
     tower = model.model.vision_tower
     probe = torch.nn.Linear(model.config.vision_config.hidden_size, len(COLOURS) + len(SHAPES)).to(model.device)
@@ -161,7 +161,7 @@ def learn_to_see(model: LlavaForConditionalGeneration, steps: Dataset) -> None:
     descend("seeing", [*tower.parameters(), *probe.parameters()], loss, steps, model.device, rate=2e-3)
 
 
-def learn_to_answer(model: LlavaForConditionalGeneration, steps: Dataset) -> None:
+def learn_to_answer(model: LlavaForConditionalGeneration, steps: Exercises) -> None:
     """Train everything: a lesson after the other, under one schedule."""
     descend("answering", model.parameters(), lambda batch: model(**batch).loss, steps, model.device, rate=1e-3)
 
@@ -170,7 +170,7 @@ def descend(
     name: str,
     parameters: Iterable[torch.nn.Parameter],
     loss_of: Callable[[Batch], torch.Tensor],
-    steps: Dataset,
+    steps: Seeing | Exercises,
     device: torch.device,
     rate: float,
 ) -> None:

@@ -26,6 +26,12 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, schedule: Schedule) -> None:
         self.path, self.schedule = path, schedule
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from: those steps are done again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The trainer walks through all epochs' packs once, and so counts them as one.
         state.epoch = self.schedule.epoch(state.global_step)
@@ -49,6 +55,12 @@ class ProgressBar(TrainerCallback):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()  # and give the cursor back, whatever happened
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, loss="-")

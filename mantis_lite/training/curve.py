@@ -22,7 +22,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
                 marker="o" if len(points) < 30 else None,
                 markersize=3,
             )
-    axes.set(xlabel="step", ylabel="loss", title="mean loss of the tokens that are trained")
+    axes.set(xlabel="step", ylabel="loss", title="loss a trained token (held out: mean over packs)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=150)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
@@ -19,11 +18,11 @@ from trl import SFTConfig, SFTTrainer
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, schedule
 from ..data.encode import Encoder
 from ..data.prepare import Prepared, prepare, write_rejects
-from ..errors import DataError, RecipeError, SampleError
+from ..errors import RecipeError, SampleError
 from ..models.adapters import PartSize, make_trainable, part_sizes
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.load import load_model, working_dtype
-from ..recipe import Recipe, save_recipe
+from ..recipe import Recipe, load_recipe, save_recipe
 from .callbacks import MetricsFile
 from .curve import draw_curve
 
@@ -67,7 +66,7 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     Raises RecipeError, DataError, SampleError and FitError before any weight is loaded.
     """
     if not from_scratch:
-        _refuse_finished(recipe.run_dir)
+        _refuse_another(recipe)
     checkpoint = open_checkpoint(recipe.model)
     encoder = checkpoint.encoder(recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder)
@@ -75,9 +74,13 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     _open_run_dir(recipe, from_scratch)
     (recipe.run_dir / "rejects.jsonl").unlink(missing_ok=True)
     write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
-    set_seed(recipe.train.get("seed", 42))  # the trainer's own comes too late for an adapter's first values
+    arguments = _arguments(recipe, packs, prepared.held_out is not None)
+    set_seed(arguments.seed)  # the trainer's own comes too late for an adapter's first values
     model = make_trainable(load_model(checkpoint, recipe), recipe)
-    trainer = _trainer(recipe, checkpoint, encoder, prepared, packs, model)
+    trainer = _trainer(recipe, arguments, checkpoint, encoder, prepared, packs, model)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
+            parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
     for callback in (MetricsFile(recipe.run_dir / "metrics.jsonl", packs), *callbacks):
         trainer.add_callback(callback)
@@ -96,11 +99,15 @@ class _Trainer(SFTTrainer):
         pass
 
 
-def _refuse_finished(run_dir: Path) -> None:
+def _refuse_another(recipe: Recipe) -> None:
+    """A finished run is not trained again, and a stopped one goes on only under the recipe it was started with."""
+    run_dir, remedy = recipe.run_dir, "Add --from-scratch to move it aside, or set another run_dir."
     if any((run_dir / done).exists() for done in ("adapter", "model")):
-        raise RecipeError(
-            f"run_dir: {run_dir} holds a finished run\n  Add --from-scratch to move it aside, or set another run_dir."
-        )
+        raise RecipeError(f"run_dir: {run_dir} holds a finished run\n  {remedy}")
+    if run_dir.is_dir() and get_last_checkpoint(str(run_dir)):
+        before, now = (r.model_dump(mode="json") for r in (load_recipe(run_dir / "recipe.yaml"), recipe))
+        if changed := [key for key in now if before[key] != now[key]]:
+            raise RecipeError(f"run_dir: {run_dir} holds a run with another {', '.join(changed)}\n  {remedy}")
 
 
 def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
@@ -114,6 +121,7 @@ def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
 
 def _trainer(
     recipe: Recipe,
+    arguments: SFTConfig,
     checkpoint: Checkpoint,
     encoder: Encoder,
     prepared: Prepared,
@@ -124,7 +132,7 @@ def _trainer(
     held_out = prepared.held_out
     return _Trainer(
         model=model,
-        args=SFTConfig(**_arguments(recipe, packs)),
+        args=arguments,
         data_collator=collate_packs,
         train_dataset=pack_dataset(packs.packs, prepared.train, encoder, broken),
         eval_dataset=held_out and pack_dataset(pack_epoch(held_out, recipe.packing), held_out, encoder, broken),
@@ -132,8 +140,8 @@ def _trainer(
     )
 
 
-def _arguments(recipe: Recipe, packs: Schedule) -> dict[str, Any]:
-    """TrainingArguments of a run: the recipe's own, and those the pack contract fixes."""
+def _arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> SFTConfig:
+    """TrainingArguments of a run: the recipe's own, and those the pack contract fixes. Raises RecipeError."""
     gpu = torch.cuda.is_available()
     dtype = working_dtype()
     checkpointing = recipe.memory.checkpointing == "full" or (recipe.memory.checkpointing == "auto" and gpu)
@@ -147,7 +155,7 @@ def _arguments(recipe: Recipe, packs: Schedule) -> dict[str, Any]:
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
-        "eval_strategy": "steps" if recipe.eval.every else "no",
+        "eval_strategy": "steps" if recipe.eval.every else "epoch" if evaluates else "no",
         "eval_steps": recipe.eval.every,
     }
     fixed = {
@@ -167,11 +175,14 @@ def _arguments(recipe: Recipe, packs: Schedule) -> dict[str, Any]:
     }
     if recipe.memory.optimizer != "auto":
         fixed["optim"] = recipe.memory.optimizer
-    return defaults | own | fixed
+    try:
+        return SFTConfig(**(defaults | own | fixed))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"train: {error}\n  Mend the value; keys are TrainingArguments' own.") from None
 
 
 class _Broken:
-    """Told of a picture that breaks when decoded: an error, or counted in rejects.jsonl up to 1% of the rows."""
+    """Told of a picture that breaks when decoded: an error, or counted in rejects.jsonl up to 1% of the rows or one."""
 
     def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
         self.skip = recipe.data.on_bad_row == "skip"
@@ -186,4 +197,6 @@ class _Broken:
             return
         write_rejects([error], self.path)
         if len(known) + 1 > self.allowed:
-            raise DataError(f"more than {self.allowed} rows cannot be trained on, see {self.path}\n  {error}")
+            # Not a DataError: in a DataLoader worker only an error of one row keeps its words.
+            found = f"one of more than {self.allowed} rows that cannot be trained on, see {self.path}"
+            raise SampleError(error.where, found, f"The last: {error.found}. {error.remedy}", error.sample_id)
