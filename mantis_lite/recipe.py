@@ -411,7 +411,7 @@ def _train_problems(train: dict[str, Any]) -> Iterator[str]:
     numbers = {"int": (int, "a whole number"), "float": (int | float, "a number")}
     for key, value in train.items():
         kind, name = numbers.get(_train_keys().get(key, ""), (object, ""))
-        if not isinstance(value, kind) or (name and isinstance(value, bool)):
+        if key not in REFUSED and (not isinstance(value, kind) or (name and isinstance(value, bool))):
             yield f"train.{key}: expected {name}, found {value!r}"
     steps = [key for key in STEP_SIZES if key in train]
     if len(steps) > 1:

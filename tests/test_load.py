@@ -93,7 +93,8 @@ def test_weights_that_do_not_fit(copied, spoil):
         opened(copied)
     assert (
         str(caught.value)
-        == f"model: the weights of {copied} do not fit the architecture: {message}\n  Take the checkpoint as it was published."
+    fault = f"model: the weights of {copied} do not fit the architecture: {message}"
+    assert str(caught.value) == f"{fault}\n  Take the checkpoint as it was published."
     )
 
 
