@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from .data.encode import Encoder
@@ -35,6 +36,7 @@ def quickstart(
     say: Callable[[str], None],
 ) -> Outcome:
     """Draw the pictures, measure, fine-tune by the recipe `quickstart`, measure again; `say` is told each stage."""
+    torch.set_num_threads(1)  # matrices this small lose more by being shared between cores than they gain
     recipe = load_recipe("quickstart", ["data=not-drawn-yet", *overrides])
     folder = recipe.run_dir.with_name(f"{recipe.run_dir.name}-data")
     say(f"drawing {ROWS + HELD_OUT} rows of four pictures into {folder}")
