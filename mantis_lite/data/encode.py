@@ -154,6 +154,10 @@ class Encoder:
 def _length(pieces: list[Piece], pictures: Length | SampleError, tokens: dict[str, int]) -> Length | SampleError:
     if isinstance(pictures, SampleError):
         return pictures
-    parts = (part for part, _ in pieces if not isinstance(part, Image))
-    text = sum(1 if isinstance(part, Token) else tokens[part] for part in parts)
+    text = 0
+    for content, _ in pieces:
+        if type(content) is str:
+            text += tokens[content]
+        elif type(content) is Token:
+            text += 1
     return Length(text + pictures.tokens, pictures.patches)
