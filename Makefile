@@ -20,10 +20,9 @@ test-slow: .venv/installed
 
 test-all: test test-slow
 
+# What a commit is held to: ruff, formatting, types (.pre-commit-config.yaml).
 check: .venv/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pre-commit run --all-files
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
