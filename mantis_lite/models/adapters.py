@@ -28,6 +28,7 @@ class PartSize(NamedTuple):
 def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
     """Freeze, lay on adapters and unfreeze, as the recipe says part by part. Raises RecipeError."""
     parts = recipe.parts
+    tower = model.get_submodule(llava.PARTS["vision_tower"])
     model.requires_grad_(False)
     if recipe.method == "full":
         for name, parameter in model.named_parameters():
@@ -35,7 +36,7 @@ def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | 
     else:
         model = get_peft_model(model, lora_config(model, parts, recipe.lora, recipe.model.revision))
     if parts["vision_tower"] == "frozen":
-        _without_autograd(model.get_submodule(_inside(model, llava.PARTS["vision_tower"])))
+        _without_autograd(tower)
     return model
 
 
@@ -98,10 +99,6 @@ def _targets(model: PreTrainedModel, part: Part, names: list[str]) -> str:
     if part == "vision_tower":  # an adapter on a layer whose output nobody reads would never learn
         layers = rf"layers\.(?:{'|'.join(map(str, range(llava.vision_layers(model.config))))})\."
     return rf"{re.escape(llava.PARTS[part])}\.(?:.*\.)?{layers}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
-
-
-def _inside(model: nn.Module, path: str) -> str:
-    return f"base_model.model.{path}" if isinstance(model, PeftModel) else path
 
 
 def _without_autograd(tower: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.dataset import Schedule, schedule
-from ..data.encode import IGNORE, Encoder
+from ..data.encode import IGNORE, Encoded, Encoder
 from ..data.packing import fill
 from ..data.prepare import Prepared, prepare
 from ..data.schema import Sample
@@ -56,7 +56,7 @@ def check(recipe: Recipe) -> Check:
     packs = schedule(prepared.train, recipe.packing, recipe.train)
     samples = prepared.train
     sample = samples[0]
-    rendered = render_tokens(encoder, sample)
+    encoded = encoder.encode(sample)
     first = packs.packs[: packs.epoch_sizes[0]]
     longest = recipe.packing.max_length if recipe.packing.enabled else int(samples.lengths[:, 0].max())
     return Check(
@@ -69,14 +69,13 @@ def check(recipe: Recipe) -> Check:
         fill=fill(samples.lengths[[i for pack in first for i in pack]], len(first), longest),
         steps_per_epoch=-(-packs.epoch_sizes[0] // packs.accumulation),
         sample=sample,
-        rendered=rendered,
-        trained_tokens=int((encoder.encode(sample).labels != IGNORE).sum()),
+        rendered=render_tokens(encoder, encoded),
+        trained_tokens=int((encoded.labels != IGNORE).sum()),
     )
 
 
-def render_tokens(encoder: Encoder, sample: Sample) -> list[Stretch]:
+def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
     """A sample's tokens back as text, cut where loss begins and ends; a picture's placeholders become one mark."""
-    encoded = encoder.encode(sample)
     image = encoder.token_id(encoder.vision.token)
     kinds = np.where(encoded.input_ids == image, 2, (encoded.labels != IGNORE).astype(int))
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
