@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
-from .data.encode import Encoder
+from .data.encode import Encoded, Encoder
 from .data.schema import Sample
 
 
@@ -16,19 +18,27 @@ from .data.schema import Sample
 def answer(model: PreTrainedModel, encoder: Encoder, sample: Sample, max_new_tokens: int = 512) -> str:
     """The text a model answers to a sample's turns, without its end token; the same each time (greedy)."""
     encoded = encoder.encode_prompt(sample)
-    input_ids = torch.from_numpy(encoded.input_ids[None]).to(model.device)
-    pixels = {name: torch.from_numpy(rows).to(model.device, model.dtype) for name, rows in encoded.pixels.items()}
+    inputs = {"input_ids": torch.from_numpy(encoded.input_ids[None]), **_vision_inputs(encoder, encoded)}
     with _generating(model):
         ids = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            **pixels,
+            **send_to_device(inputs, model.device),
+            attention_mask=torch.ones(1, len(encoded), dtype=torch.int64, device=model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=encoder.token_id(encoder.template.end),
             pad_token_id=encoder.token_id(encoder.template.end),
         )
-    return encoder.tokenizer.decode(ids[0, input_ids.shape[1] :].tolist(), skip_special_tokens=True).strip()
+    return encoder.tokenizer.decode(ids[0, len(encoded) :].tolist(), skip_special_tokens=True).strip()
+
+
+def _vision_inputs(encoder: Encoder, encoded: Encoded) -> dict[str, Any]:
+    if not encoded.pixels:
+        return {}
+    inputs = encoder.vision.batch(encoded.pixels)
+    if encoder.vision.positions:  # the model lays them out itself, and goes on from them as it generates
+        placeholder = encoder.token_id(encoder.vision.placeholder)
+        inputs["mm_token_type_ids"] = torch.from_numpy(encoded.input_ids[None] == placeholder).int()
+    return inputs
 
 
 @contextmanager

@@ -50,7 +50,6 @@ REFUSED = {
 # Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
 UNBUILT = {
     "trainable.lr": "one learning rate for all parts: train.learning_rate",
-    "media.image_splitting": "no family trained here splits images",
     "media.num_frames": "video is not trained here yet",
     "media.fps": "video is not trained here yet",
     "media.max_frames": "video is not trained here yet",
@@ -117,14 +116,24 @@ class LoraRecipe(Section):
 
 
 class PromptRecipe(Section):
-    template: Literal["auto", "llama_3", "mllava_v1"] = "auto"
+    template: Literal[
+        "auto",
+        "llama_3",
+        "mllava_v1",
+        "idefics_2",
+        "idefics_3",
+        "smolvlm",
+        "mfuyu_v1",
+        "qwen2_vl",
+        "qwen3_vl",
+    ] = "auto"
     system: str | None = None
     labels: Literal["answer", "upstream"] = "answer"
 
 
 class MediaRecipe(Section):
-    image_splitting: StrictBool = False
-    max_image_size: Positive | None = None
+    image_splitting: StrictBool | None = None
+    max_image_size: Positive | Literal["480p", "720p", "1080p"] | None = None
     backend: Literal["pil"] = "pil"
     num_frames: Positive | None = None
     fps: Annotated[float, Field(gt=0)] | None = None

@@ -1,6 +1,7 @@
 """What every test stands on: no network, a cache of its own, and one tiny checkpoint for the session."""
 
 import os
+from functools import cache
 
 import pytest
 from hypothesis import settings
@@ -21,24 +22,50 @@ def at_home(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def pytest_generate_tests(metafunc):
+    """A test that asks for `family` runs on each of them."""
+    if "family" in metafunc.fixturenames:
+        from families import FAMILIES
+
+        metafunc.parametrize("family", FAMILIES, scope="session")
+
+
+# torch and transformers take seconds, so what needs them is imported when it is asked for.
+
+
 @pytest.fixture(scope="session")
-def llava_folder(tmp_path_factory):
-    """A `tiny_llava` as a checkpoint is published: weights, config, tokenizer and image processor."""
-    from helpers import save_llava  # torch and transformers take seconds, so they are imported when asked for
+def folder_of(tmp_path_factory):
+    """The folder of a family's tiny checkpoint, by name, as it is published."""
+    from families import save
 
-    return save_llava(tmp_path_factory.mktemp("llava"))
+    return cache(lambda name: save(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
-def checkpoint(llava_folder):
+def checkpoint_of(folder_of):
     from mantis_lite.models.checkpoint import open_checkpoint
     from mantis_lite.recipe import ModelRecipe
 
-    return open_checkpoint(ModelRecipe(name=str(llava_folder)))
+    return cache(lambda name: open_checkpoint(ModelRecipe(name=str(folder_of(name)))))
 
 
 @pytest.fixture(scope="session")
-def encoder(checkpoint):
+def encoder_of(checkpoint_of):
     from helpers import recipe
 
-    return checkpoint.encoder(recipe())
+    return cache(lambda name: checkpoint_of(name).encoder(recipe()))
+
+
+@pytest.fixture(scope="session")
+def llava_folder(folder_of):
+    return folder_of("llava")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_of):
+    return checkpoint_of("llava")
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_of):
+    return encoder_of("llava")

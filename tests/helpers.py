@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,17 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 
-from mantis_lite.data.encode import Encoder, Vision
-from mantis_lite.data.template import LLAMA_3, MLLAVA_V1, Token
+from mantis_lite.data import template as templates
+from mantis_lite.data.encode import Encoder
+from mantis_lite.data.template import Token, Wrap
+from mantis_lite.data.vision import Vision
 from mantis_lite.recipe import Recipe, make_recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
-TEMPLATES = {template.name: template for template in (LLAMA_3, MLLAVA_V1)}
+TEMPLATES = {template.name: template for template in templates.TEMPLATES}
 SIDE = 28
 WORDS = [
     "What is in the picture?",
@@ -32,15 +34,15 @@ WORDS = [
 ]
 
 
-def tokenizer(template: str = "llama_3") -> Tokenizer:
-    """A byte-level BPE with the special tokens of one template, `<image>` and `<|pad|>`."""
+def tokenizer(template: str = "llama_3", more: Sequence[str] = ("<image>",)) -> Tokenizer:
+    """A byte-level BPE with the special tokens of one template, a family's own and `<|pad|>`."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    special = [*sorted(TEMPLATES[template].tokens), "<image>", "<|pad|>"]
+    special = [*sorted(TEMPLATES[template].tokens), *more, "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=316 + len(special), special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(WORDS, trainer)
     return made
@@ -48,12 +50,13 @@ def tokenizer(template: str = "llama_3") -> Tokenizer:
 
 def by_size(template: str = "llama_3", **settings) -> Encoder:
     """An Encoder whose pictures take tokens and patches by their size, so that a wrong size is a wrong length."""
+    placeholder = Token("<image>")
     vision = Vision(
-        token=Token("<image>"),
-        wrap=lambda j: (f"(image {j}: <Image>", "</Image>)"),
-        tokens=lambda size: size[0] // 4 + size[1] // 5,
+        placeholder=placeholder,
+        wrap=Wrap(before=lambda j: f"(image {j}: <Image>", after=lambda j: "</Image>)"),
+        tokens=lambda size: ((placeholder, size[0] // 4 + size[1] // 5),),
         patches=lambda size: size[0] * size[1] // 16,
-        pixels=lambda pictures: {"sizes": np.array([picture.size for picture in pictures])},
+        pixels=lambda picture: {"sizes": np.array([picture.size])},
         facts="by size",
     )
     return Encoder(tokenizer(template), TEMPLATES[template], vision, **settings)
@@ -92,23 +95,18 @@ def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
-def save_llava(folder: Path) -> Path:
-    """Write a `tiny_llava` with its tokenizer and processor, as a checkpoint is published."""
-    tiny_llava().save_pretrained(folder)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="<|pad|>", eos_token="<|eot_id|>")
-    wrapped.save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    processor = {"image_processor_type": "SiglipImageProcessor", "size": size, "image_mean": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"image_std": [0.5] * 3}))
-    return folder
-
-
 def recipe(model: str | Path = "unused", **settings) -> Recipe:
     return make_recipe({"model": str(model), "data": "unused.json", "run_dir": "unused", "method": "lora"} | settings)
 
 
-def picture(seed: int, width: int = 40, height: int = 30) -> bytes:
-    """A PNG of noise."""
+SHAPES = [(40, 30), (30, 40), (64, 20), (90, 60), (17, 70), (56, 56)]
+"""(width, height) of pictures in turn: landscape, portrait, narrow and square."""
+
+
+def picture(seed: int, width: int = 0, height: int = 0) -> bytes:
+    """A PNG of noise; its shape goes by the seed where none is given."""
+    if not width:
+        width, height = SHAPES[seed % len(SHAPES)]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, "PNG")

@@ -15,6 +15,7 @@ from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
+from mantis_lite.models.llava import LLAVA
 from mantis_lite.models.load import load_model
 
 PARTS = ("language_model", "projector", "vision_tower")
@@ -29,7 +30,7 @@ def made(checkpoint):
     def make(method="lora", **settings):
         wanted = recipe(checkpoint.name, method=method, **settings)
         torch.manual_seed(0)
-        return make_trainable(load_model(checkpoint, wanted), wanted)
+        return make_trainable(load_model(checkpoint, wanted), wanted, checkpoint.family)
 
     return make
 
@@ -77,10 +78,10 @@ def test_every_trained_part_moves_and_no_other(made, batch, settings):
     steps(model, batch, count=2)  # a LoRA's A moves once its B is no longer 0
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     parts = recipe(**settings).parts
-    assert {part_of(name) for name in moved} == {part for part in PARTS if parts[part] != "frozen"}
+    assert {part_of(name, LLAVA) for name in moved} == {part for part in PARTS if parts[part] != "frozen"}
     for part in PARTS:
         if parts[part] == "adapter":
-            assert all("lora_" in name for name in moved if part_of(name) == part)
+            assert all("lora_" in name for name in moved if part_of(name, LLAVA) == part)
     # Of a tower trained in full, what lies after the last layer that is read cannot learn.
     unread = {name for name in trained(model) if re.search(r"vision_tower.*(layers\.2\.|post_layernorm)", name)}
     assert moved == trained(model) - unread
@@ -102,7 +103,7 @@ def test_the_layers_of_each_part(made):
 def test_target_modules_of_ones_own(made):
     names = trained(made(lora={"target_modules": ["q_proj", "up_proj"]}))
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == {"q_proj", "up_proj"}
-    assert {part_of(name) for name in names} == {"language_model"}
+    assert {part_of(name, LLAVA) for name in names} == {"language_model"}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_kinds_of_lora_learn(made, batch, lora):
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_part_sizes(made, settings):
     model = made(**settings)
-    sizes = {size.part: size for size in part_sizes(model)}
+    sizes = {size.part: size for size in part_sizes(model, LLAVA)}
     assert tuple(sizes) == PARTS
     assert sum(size.parameters for size in sizes.values()) == sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)

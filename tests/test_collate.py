@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import by_size
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.dataset import collate_packs
@@ -10,8 +11,8 @@ from mantis_lite.data.encode import Encoded
 
 
 def encoded(ids: list[int], labels: list[int], pictures: int = 0, value: float = 0.0) -> Encoded:
-    pixels = {"pixel_values": np.full((pictures, 3, 2, 2), value, dtype=np.float32)} if pictures else {}
-    return Encoded(np.array(ids), np.array(labels), pixels)
+    picture = {"pixel_values": np.full((1, 3, 2, 2), value, dtype=np.float32)}
+    return Encoded(np.array(ids), np.array(labels), [picture] * pictures)
 
 
 A = encoded([5, 6, 7], [-100, 6, 7], pictures=2, value=1.0)
@@ -59,7 +60,8 @@ def test_the_samples_are_left_as_they_were():
 
 
 def test_packs_side_by_side_are_one_row():
-    parts, whole = collate_packs([{"encoded": [A]}, {"encoded": [B, C]}]), collate([A, B, C])
+    rows = [{"encoded": [A]}, {"encoded": [B, C]}]
+    parts, whole = collate_packs(rows, by_size().vision), collate([A, B, C])
     assert parts.keys() == whole.keys()
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=0, atol=0)

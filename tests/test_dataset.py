@@ -1,5 +1,6 @@
 """The packs of a whole run: epochs, steps, and rows that are encoded when they are asked for."""
 
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mantis_lite.errors import SampleError
 from mantis_lite.recipe import PackingRecipe
 
 PACKING = PackingRecipe(max_length=100)
+lay_out = partial(collate_packs, vision=by_size().vision)
 
 
 def samples_of(count: int = 40) -> Samples:
@@ -142,12 +144,12 @@ def test_a_row_is_a_pack_encoded_when_asked_for():
     dataset = pack_dataset([[3, 0], [1]], samples, ENCODER, refuse)
     assert len(dataset) == 2
     for row, pack in zip(range(2), ([3, 0], [1]), strict=True):
-        same(collate_packs([dataset[row]]), collate([ENCODER.encode(samples[i]) for i in pack]))
+        same(lay_out([dataset[row]]), collate([ENCODER.encode(samples[i]) for i in pack]))
 
 
 def test_workers_give_the_same_batches():
     dataset = pack_dataset([[3, 0], [1, 2]], parsed(*ROWS), ENCODER, refuse)
-    here, there = (list(DataLoader(dataset, 1, num_workers=n, collate_fn=collate_packs)) for n in (0, 1))
+    here, there = (list(DataLoader(dataset, 1, num_workers=n, collate_fn=lay_out)) for n in (0, 1))
     for one, other in zip(here, there, strict=True):
         same(one, other)
 
@@ -167,7 +169,7 @@ def test_a_picture_that_breaks_when_decoded():
 def test_a_worker_tells_which_row_broke():
     dataset = pack_dataset([[1]], parsed(ROWS[0], BROKEN), ENCODER, refuse)
     with pytest.raises(SampleError, match=r"^rows:2"):
-        list(DataLoader(dataset, 1, num_workers=1, collate_fn=collate_packs))
+        list(DataLoader(dataset, 1, num_workers=1, collate_fn=lay_out))
 
 
 def test_the_order_is_by_seed():

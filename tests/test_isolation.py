@@ -1,16 +1,18 @@
 """No sample of a pack sees another: packed equals separate, and the mistakes that would break it do break it."""
 
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
-from helpers import chat, tiny_llava
+from helpers import chat, recipe
 from torch.nn.functional import cosine_similarity
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.schema import parse
 from mantis_lite.models.attention import use_attention
+from mantis_lite.models.load import load_model
 
 ATTENTIONS = ["segment", "sdpa", "eager"]
 ROWS = [
@@ -18,22 +20,47 @@ ROWS = [
     chat("Only words here.", "None to be seen!", "Sure?", "Yes."),
     chat("<image> and <image>, then <image>", "A, b and c.", images=(3, 4, 5)),
     chat("Name it: <image>", "A dog", images=(6,)),
+    chat("Which of them is red?", "The last.", images=tuple(range(10, 22))),
 ]
+TEXTS = [chat("Only words here.", "None to be seen!"), chat("And here?", "None either, I think.")]
 OTHER = chat("Something else <image> altogether <image>", "Two cats, perhaps three", images=(7, 8))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
+@pytest.fixture(scope="session")
+def model_of(checkpoint_of):
+    return cache(lambda name: load_model(checkpoint_of(name), recipe()).eval())
 
 
-def samples_of(encoder, rows=ROWS):
+@pytest.fixture(scope="session")
+def model(model_of, family):
+    return model_of(family)
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_of, family):
+    return encoder_of(family)
+
+
+@pytest.fixture(scope="session")
+def samples(encoder):
+    return samples_of(encoder, ROWS)
+
+
+def samples_of(encoder, rows):
     return [encoder.encode(parse(row, "rows:1", None)) for row in rows]
 
 
-def batch_of(samples, dtype=torch.float32):
-    batch = collate(samples)
-    return batch | ({"pixel_values": batch["pixel_values"].to(dtype)} if "pixel_values" in batch else {})
+def batch_of(encoder, samples, dtype=torch.float32):
+    return in_precision(collate(samples, encoder.vision.batch), dtype)
+
+
+def in_precision(value, dtype):
+    """A batch with its pixels in the model's precision, however a family lays them out."""
+    if isinstance(value, dict):
+        return {key: in_precision(item, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_precision(item, dtype) for item in value]
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 def with_attention(model, name: str, dtype=torch.float32):
@@ -65,10 +92,10 @@ def loss_and_gradient(model, batches) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_packed_is_separate(model, encoder, attention, dtype):
-    model, samples = with_attention(model, attention, dtype), samples_of(encoder)
-    packed, gradient = loss_and_gradient(model, [batch_of(samples, dtype)])
-    separate, summed = loss_and_gradient(model, [batch_of([sample], dtype) for sample in samples])
+def test_packed_is_separate(model, encoder, samples, attention, dtype):
+    model = with_attention(model, attention, dtype)
+    packed, gradient = loss_and_gradient(model, [batch_of(encoder, samples, dtype)])
+    separate, summed = loss_and_gradient(model, [batch_of(encoder, [sample], dtype) for sample in samples])
     # transformers' eager attention takes its softmax in fp32 whatever the model is in.
     tolerance = 1e-5 if dtype == torch.float32 else 1e-6 if attention == "eager" else 1e-12
     assert packed == pytest.approx(separate, abs=tolerance)
@@ -77,55 +104,98 @@ def test_packed_is_separate(model, encoder, attention, dtype):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_models_own_loss_is_the_mean_over_trained_tokens(model, encoder, attention):
-    model, samples = with_attention(model, attention), samples_of(encoder)
+def test_a_pack_without_a_picture(model, encoder, attention):
+    model, samples = with_attention(model, attention), samples_of(encoder, TEXTS)
+    batch = batch_of(encoder, samples)
+    assert not {"pixel_values", "image_patches", "image_grid_thw"} & batch.keys()
+    packed, gradient = loss_and_gradient(model, [batch])
+    separate, summed = loss_and_gradient(model, [batch_of(encoder, [sample]) for sample in samples])
+    assert packed == pytest.approx(separate, abs=1e-5)
+    torch.testing.assert_close(gradient, summed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_models_own_loss_is_the_mean_over_trained_tokens(model, encoder, samples, attention):
+    model = with_attention(model, attention)
     with torch.no_grad():
-        own = model(**batch_of(samples)).loss.item()
-    assert own == pytest.approx(loss_and_gradient(model, [batch_of([s]) for s in samples])[0], abs=1e-5)
+        own = model(**batch_of(encoder, samples)).loss.item()
+    assert own == pytest.approx(loss_and_gradient(model, [batch_of(encoder, [s]) for s in samples])[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_another_neighbour_changes_nothing(model, encoder, attention):
     model = with_attention(model, attention)
     first, other, last = samples_of(encoder, [ROWS[0], OTHER, ROWS[2]])
-    after_one, after_other = (
-        logits_of(model, batch_of([first, last])),
-        logits_of(model, batch_of([other, last])),
-    )
-    torch.testing.assert_close(after_one[-len(last) :], after_other[-len(last) :], rtol=0, atol=1e-5)
+    after_one, after_other = (logits_of(model, batch_of(encoder, [before, last])) for before in (first, other))
+    torch.testing.assert_close(after_one[-len(last) :], after_other[-len(last) :], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda batch: batch | {"attention_mask": torch.ones_like(batch["input_ids"])},
-        lambda batch: {key: value for key, value in batch.items() if key != "use_cache"},
-    ],
-    ids=["attention_mask", "use_cache"],
-)
+def with_mask(batch):
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def without_use_cache(batch):
+    return {key: value for key, value in batch.items() if key != "use_cache"}
+
+
+def leak(model, encoder, spoil) -> float:
+    """How much a sample's logits change with its neighbour, in batches with a mistake."""
+    first, other, last = samples_of(encoder, [ROWS[0], OTHER, ROWS[2]])
+    after_one, after_other = (logits_of(model, spoil(batch_of(encoder, [s, last]))) for s in (first, other))
+    return (after_one[-len(last) :] - after_other[-len(last) :]).abs().max().item()
+
+
+@pytest.mark.parametrize("spoil", [with_mask, without_use_cache])
 def test_what_the_batch_leaves_out_would_leak(model, encoder, spoil):
     """The control: with either mistake the test above would fail."""
-    model = with_attention(model, "sdpa")
-    first, other, last = samples_of(encoder, [ROWS[0], OTHER, ROWS[2]])
-    after_one, after_other = (logits_of(model, spoil(batch_of([s, last]))) for s in (first, other))
-    assert (after_one[-len(last) :] - after_other[-len(last) :]).abs().max() > 1e-2
+    assert leak(with_attention(model, "sdpa"), encoder, spoil) > 1e-2
 
 
-def test_segment_attention_is_that_of_transformers(model, encoder):
-    batch = batch_of(samples_of(encoder))
+M_ROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+@pytest.mark.parametrize("name", M_ROPE)
+@pytest.mark.parametrize("rows", [[1, 2, 3], [0]], ids=["three rows", "one row"])
+def test_other_than_four_rows_of_positions_would_leak_or_mislead(model_of, encoder_of, name, rows):
+    """transformers finds the samples of a pack in the first of four rows, and nowhere else."""
+    model, encoder = with_attention(model_of(name), "sdpa"), encoder_of(name)
+    samples = samples_of(encoder, ROWS)
+    right = batch_of(encoder, samples)
+    assert right["position_ids"].shape[0] == 4
+    positions = right["position_ids"][rows] if len(rows) == 3 else right["position_ids"][0]
+    wrong = right | {"position_ids": positions}
+    assert (logits_of(model, wrong) - logits_of(model, right)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", M_ROPE)
+def test_m_rope_positions_are_the_models_own(model_of, encoder_of, name):
+    model, encoder = model_of(name), encoder_of(name)
+    for sample in samples_of(encoder, [*ROWS, *TEXTS]):
+        batch = batch_of(encoder, [sample])
+        ids = batch["input_ids"]
+        placeholders = (ids == model.config.image_token_id).int()
+        own, _ = model.model.get_rope_index(ids, placeholders, image_grid_thw=batch.get("image_grid_thw"))
+        assert torch.equal(batch["position_ids"][1:], own)
+
+
+def test_segment_attention_is_that_of_transformers(model, encoder, samples):
+    batch = batch_of(encoder, samples)
     segment, sdpa = (logits_of(with_attention(model, name), batch) for name in ("segment", "sdpa"))
-    torch.testing.assert_close(segment, sdpa, rtol=0, atol=1e-5)
+    torch.testing.assert_close(segment, sdpa, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("key", ["cu_seq_lens_q", "max_length_q"])
-def test_segment_attention_asks_for_boundaries(model, encoder, key):
-    batch = batch_of(samples_of(encoder))
+def test_segment_attention_asks_for_boundaries(model_of, encoder_of, key):
+    encoder = encoder_of("llava")
+    batch = batch_of(encoder, samples_of(encoder, TEXTS))
     del batch[key]
     with pytest.raises(AssertionError, match="without the boundaries"):
-        logits_of(with_attention(model, "segment"), batch)
+        logits_of(with_attention(model_of("llava"), "segment"), batch)
 
 
 def test_only_the_language_model_attends_by_segments(model):
     model = with_attention(model, "segment")
-    assert model.get_decoder().config._attn_implementation == "mantis_segment"
-    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+    attention = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
+    by_segment = {name for name, found in attention.items() if found == "mantis_segment"}
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    assert decoder in by_segment and all(name.startswith(decoder) for name in by_segment)

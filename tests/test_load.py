@@ -16,7 +16,7 @@ from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapters import make_trainable, part_sizes
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
-from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe import ModelRecipe, find_recipe
 
 
 @pytest.fixture
@@ -44,11 +44,12 @@ def test_only_the_language_model_is_in_4_bits(in_4_bits):
 
 def test_a_4_bit_weight_counts_as_the_parameters_it_stands_for(checkpoint, in_4_bits):
     whole = load_model(checkpoint, recipe(checkpoint.name))
-    assert [size.parameters for size in part_sizes(in_4_bits)] == [size.parameters for size in part_sizes(whole)]
+    in_4, in_32 = (part_sizes(model, checkpoint.family) for model in (in_4_bits, whole))
+    assert [size.parameters for size in in_4] == [size.parameters for size in in_32]
 
 
 def test_qlora_learns(in_4_bits, checkpoint, encoder):
-    model = make_trainable(in_4_bits, recipe(checkpoint.name, method="qlora")).train()
+    model = make_trainable(in_4_bits, recipe(checkpoint.name, method="qlora"), checkpoint.family).train()
     row = chat("What is <image>?", "small red circle", images=(1,))
     batch = collate([encoder.encode(parse(row, "rows:1", None))])
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -95,16 +96,32 @@ def test_weights_that_do_not_fit(copied, spoil):
     assert str(caught.value) == f"{fault}\n  Take the checkpoint as it was published."
 
 
-def test_another_architecture(copied):
+SUPPORTED = "trained here: llava, idefics2, fuyu, idefics3, smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "nearest"),
+    [
+        ("llava_next", "chat-siglip-llama3-qlora"),
+        ("video_llava", "chat-idefics2-qlora"),
+        ("internvl", "chat-qwen25vl-qlora"),
+        ("internvl_chat", "chat-qwen25vl-qlora"),
+        ("bert", "chat"),
+    ],
+)
+def test_another_architecture(copied, model_type, nearest):
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"model_type": "idefics2"}))
+    (copied / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     with pytest.raises(RecipeError) as caught:
         open_checkpoint(ModelRecipe(name=str(copied)))
-    assert str(caught.value).startswith(f"model: {copied} is of type idefics2; trained here: llava\n  Take a Mantis")
+    fault = f"model: {copied} is of type {model_type}; {SUPPORTED}\n  The nearest recipe is {nearest};"
+    assert str(caught.value).startswith(fault)
+    find_recipe(nearest)
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(RecipeError, match=r"has no config\.json\n  Name a model on the hub, or a folder"):
+    """OpenFlamingo's, for one: a checkpoint.pt and no config.json."""
+    with pytest.raises(RecipeError, match=rf"has no config\.json; {SUPPORTED}\n  Name a model on the hub, or a folder"):
         open_checkpoint(ModelRecipe(name=str(tmp_path)))
 
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from helpers import by_size, chat, picture, recipe, write_rows
 
@@ -227,10 +228,12 @@ def test_a_second_start_measures_nothing(tmp_path, monkeypatch):
 def test_a_picture_that_has_changed_is_measured_anew(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows_of(4))
     before = ready(path).train.lengths.tolist()
-    (tmp_path / "rows-2-1.png").write_bytes(picture(1, 80, 30))
+    width, height = PIL.Image.open(tmp_path / "rows-2-1.png").size
+    (tmp_path / "rows-2-1.png").write_bytes(picture(1, width + 40, height))
     after = ready(path).train.lengths.tolist()
     assert [b == a for b, a in zip(before, after, strict=True)] == [True, True, False, True]
-    assert after[2] == [before[2][0] + 10, before[2][1] + 75]  # 40 px more: 40 // 4 tokens, 40 * 30 // 16 patches
+    # 40 px more are 40 // 4 tokens and 40 * height / 16 patches
+    assert after[2] == [before[2][0] + 10, before[2][1] + 40 * height // 16]
 
 
 def test_a_text_that_has_changed_is_measured_anew(tmp_path, monkeypatch):

@@ -208,7 +208,6 @@ def picture(value):
             "1 image but 2 <image> marks",
             "Add the picture or remove",
         ),
-        (chat("<image>", "x"), "0 images but 1 <image> mark ", "Add the picture or remove"),
         (chat([{"type": "image"}], "x"), "0 images but 1 <image> mark ", "Add the picture or remove"),
         (
             chat([{"type": "image", "path": "a"}], "x", images=["a", "b"]),
@@ -234,11 +233,19 @@ def test_mistakes(row, found, remedy):
         read(row)
 
 
+@pytest.mark.parametrize("column", [{}, {"images": None}, {"images": []}, {"image": ""}])
+def test_in_a_row_without_pictures_a_mark_is_text_and_counted(column):
+    sample = read(chat("HTML has <image> and <image>", "No: <image>", **column))
+    assert [turn.content for turn in sample.turns] == [("HTML has <image> and <image>",), ("No: <image>",)]
+    assert sample.notices == ('"<image>" was read as text, as the row has no picture',)
+    assert not read(chat("HTML has pictures", "No", **column)).notices
+
+
 def test_an_error_names_the_row_by_file_number_and_id():
     with pytest.raises(SampleError) as error:
-        read(chat("<image>", "x", id=5))
+        read(chat("<image><image>", "x", id=5, image="a.jpg"))
     assert str(error.value) == (
-        'train.json:7 (id "5"): 0 images but 1 <image> mark in the turns\n'
+        'train.json:7 (id "5"): 1 image but 2 <image> marks in the turns\n'
         "  Add the picture or remove the mark. Marks and images pair up in order."
     )
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)

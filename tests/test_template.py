@@ -3,7 +3,18 @@
 import pytest
 
 from mantis_lite.data.schema import Image, Sample, Turn
-from mantis_lite.data.template import LLAMA_3, MLLAVA_V1, NEVER, Token, choose_template, prompt, render
+from mantis_lite.data.template import (
+    LLAMA_3,
+    MFUYU_V1,
+    MLLAVA_V1,
+    NEVER,
+    TEMPLATES,
+    Token,
+    Wrap,
+    choose_template,
+    prompt,
+    render,
+)
 from mantis_lite.errors import RecipeError
 
 A, B, C = (Image(name.encode()) for name in "ABC")
@@ -18,8 +29,7 @@ def sample(*turns: tuple) -> Sample:
     return Sample("a:1", None, tuple(Turn(role, tuple(content)) for role, *content in turns))
 
 
-def wrap(j: int) -> tuple[str, str]:
-    return f"({j}:", ")"
+NUMBERED = Wrap(before=lambda j: f"({j}:", after=lambda j: ")")
 
 
 def written(pieces) -> str:
@@ -37,11 +47,11 @@ def written(pieces) -> str:
 
 
 def in_llama_3(*turns, system=None, labels="answer") -> str:
-    return written(render(sample(*turns), LLAMA_3, system, labels, wrap))
+    return written(render(sample(*turns), LLAMA_3, system, labels, NUMBERED))
 
 
 def in_mllava_v1(*turns, system=None, labels="answer") -> str:
-    return written(render(sample(*turns), MLLAVA_V1, system, labels, wrap))
+    return written(render(sample(*turns), MLLAVA_V1, system, labels, NUMBERED))
 
 
 QUESTION = ("user", "Hi ", A, " there ", B)
@@ -86,13 +96,13 @@ def test_pictures_are_counted_through_all_turns():
 
 
 def test_text_beside_text_is_one_piece():
-    pieces = render(sample(("user", "Hi ", A, " there"), ANSWER), MLLAVA_V1, "", "answer", wrap)
+    pieces = render(sample(("user", "Hi ", A, " there"), ANSWER), MLLAVA_V1, "", "answer", NUMBERED)
     texts = [piece.content for piece in pieces if type(piece.content) is str]
     assert texts == ["USER: Hi (1:", ") there", "ASSISTANT: Ho"]
 
 
 def test_what_looks_like_a_token_is_text():
-    pieces = render(sample(("user", "</s><image>"), ("assistant", "</s>")), MLLAVA_V1, "", "answer", wrap)
+    pieces = render(sample(("user", "</s><image>"), ("assistant", "</s>")), MLLAVA_V1, "", "answer", NUMBERED)
     assert [p.content for p in pieces if isinstance(p.content, Token)] == ["<s>", "</s>", "</s>"]
     assert [p.content for p in pieces if type(p.content) is str] == ["USER: </s><image>", "ASSISTANT: </s>"]
 
@@ -101,13 +111,76 @@ def test_an_empty_answer_is_its_end_token():
     assert in_mllava_v1(("user", "Hi"), ("assistant",), system="") == "<s>USER: Hi</s>ASSISTANT: «</s>»"
 
 
+CLOSED = Wrap(close=Token("<fake>"))
+CHUNKED = Wrap(before=lambda j: f"image {j - 1}: ", chunk=Token("<s>"))
+TURNS = (("user", "Hi ", A, B, " there"), ANSWER, ("user", C), ("assistant", "Hm ", A))
+OTHERS = {
+    "idefics_2": (
+        CLOSED,
+        "<s>User:Hi [A][B]<fake> there{end}\nAssistant:«Ho{end}»\n"
+        "User:[C]<fake>{end}\nAssistant:«Hm »[A]<fake>«{end}»\n",
+        "<end_of_utterance>",
+    ),
+    "idefics_3": (
+        Wrap(),
+        "<|begin_of_text|>User:Hi [A][B] there{end}\nAssistant:«Ho{end}»\nUser:[C]{end}\nAssistant:«Hm »[A]«{end}»\n",
+        "<end_of_utterance>",
+    ),
+    "smolvlm": (
+        Wrap(),
+        "<|im_start|>User: Hi [A][B] there{end}\nAssistant: «Ho{end}»\nUser:[C]{end}\nAssistant: «Hm »[A]«{end}»\n",
+        "<end_of_utterance>",
+    ),
+    "mfuyu_v1": (
+        CHUNKED,
+        "<s>USER: Hi image 0: [A]<s>image 1: [B]<s> there<0x04>ASSISTANT: «Ho{end}»USER: image 2: [C]"
+        "<s><0x04>ASSISTANT: «Hm image 3: »[A]<s>«{end}»",
+        "|ENDOFTEXT|",
+    ),
+    "qwen2_vl": (
+        Wrap(),
+        "<|im_start|>user\nHi [A][B] there{end}\n<|im_start|>assistant\n«Ho{end}»\n"
+        "<|im_start|>user\n[C]{end}\n<|im_start|>assistant\n«Hm »[A]«{end}»\n",
+        "<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_families_templates(name):
+    wrap, expected, end = OTHERS[name]
+    template = next(template for template in TEMPLATES if template.name == name)
+    assert written(render(sample(*TURNS), template, "", "answer", wrap)) == expected.format(end=end)
+
+
+def test_upstreams_labels_begin_behind_the_users_end():
+    """The blank line and header between the turns; in Fuyu's, behind the mark of an answer's beginning."""
+    turns = sample(("user", "Hi"), ANSWER, ("user", "And?"), ANSWER)
+    written_out = {
+        template.name: written(render(turns, template, "", "upstream", Wrap()))
+        for template in TEMPLATES
+        if template.name in ("idefics_2", "mfuyu_v1", "qwen3_vl")
+    }
+    asked, answered = "User:{}<end_of_utterance>", "«\nAssistant:Ho<end_of_utterance>»\n"
+    assert written_out["idefics_2"] == f"<s>{asked.format('Hi')}{answered}{asked.format('And?')}{answered}"
+    asked, answered = "USER: {}<0x04>", "«ASSISTANT: Ho|ENDOFTEXT|»"
+    assert written_out["mfuyu_v1"] == f"{asked.format('Hi')}{answered}{asked.format('And?')}{answered}"
+    asked, answered = "<|im_start|>user\n{}<|im_end|>", "«\n<|im_start|>assistant\nHo<|im_end|>»\n"
+    assert written_out["qwen3_vl"] == asked.format("Hi") + answered + asked.format("And?") + answered
+
+
+def test_a_text_only_sample_has_no_chunks():
+    text = written(render(sample(("user", "Hi"), ANSWER), MFUYU_V1, None, "answer", CHUNKED))
+    assert text.startswith("You are a helpful language and vision assistant.") and "natural language.\nUSER: Hi" in text
+
+
 @pytest.mark.parametrize(
     ("template", "header"), [(LLAMA_3, ASSISTANT), (MLLAVA_V1, "ASSISTANT:")], ids=["llama_3", "mllava_v1"]
 )
 def test_a_prompt_ends_where_the_answer_begins(template, header):
     asked = sample(("user", "Hi"), ("assistant", "Ho"), ("user", "And?"))
-    text = written(prompt(asked, template, "", wrap))
-    whole = written(render(asked, template, "", "answer", wrap)).replace("«", "").replace("»", "")
+    text = written(prompt(asked, template, "", NUMBERED))
+    whole = written(render(asked, template, "", "answer", NUMBERED)).replace("«", "").replace("»", "")
     assert text == whole + header  # and no «: nothing in it carries loss
 
 
@@ -115,7 +188,8 @@ def test_a_prompt_ends_where_the_answer_begins(template, header):
 @pytest.mark.parametrize("name", ["auto", "by name"])
 def test_a_checkpoints_template_is_known_by_its_tokens(template, name):
     vocabulary = {"a", *template.tokens}
-    assert choose_template("auto" if name == "auto" else template.name, vocabulary) is template
+    chosen = choose_template("auto" if name == "auto" else template.name, (LLAMA_3, MLLAVA_V1), vocabulary)
+    assert chosen is template
 
 
 @pytest.mark.parametrize(
@@ -137,5 +211,5 @@ def test_a_checkpoints_template_is_known_by_its_tokens(template, name):
 )
 def test_no_template_is_guessed(name, vocabulary, message):
     with pytest.raises(RecipeError) as caught:
-        choose_template(name, vocabulary)
+        choose_template(name, (LLAMA_3, MLLAVA_V1), vocabulary)
     assert f"prompt.template: {message}" in str(caught.value) or message in str(caught.value)

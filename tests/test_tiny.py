@@ -17,9 +17,8 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from mantis_lite.data.encode import Encoder
 from mantis_lite.data.template import LLAMA_3
 from mantis_lite.generate import answer
-from mantis_lite.models import llava
 from mantis_lite.models.checkpoint import Checkpoint, open_checkpoint
-from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe import MediaRecipe, ModelRecipe
 from mantis_lite.tiny import CHECKPOINT, build, layout, tasks
 
 
@@ -75,7 +74,7 @@ def exact(
 ) -> float:
     """The share of exact answers to questions about pictures drawn for this test."""
     rng = random.Random(f"test {task.__name__}")
-    vision = llava.vision(checkpoint.config, checkpoint.image_processor)
+    vision = checkpoint.family.vision(checkpoint.config, checkpoint.image_processor, MediaRecipe(), ())
     encoder = Encoder(checkpoint.tokenizer, LLAMA_3, vision, system="")
     album = build.draw_album(2, rng)
     right = 0

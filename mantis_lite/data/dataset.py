@@ -13,9 +13,10 @@ import numpy as np
 from ..errors import DataError, RecipeError, SampleError
 from ..recipe import PackingRecipe
 from .collate import Batch, collate
-from .encode import IGNORE, Encoded, Encoder
+from .encode import Encoded, Encoder
 from .packing import Length, plan
 from .prepare import Samples
+from .vision import Vision
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def pack_dataset(
     return datasets.Dataset.from_dict({"pack": packs}, features=features).with_transform(encode)
 
 
-def collate_packs(rows: list[dict[str, list[Encoded]]]) -> Batch:
+def collate_packs(rows: list[dict[str, list[Encoded]]], vision: Vision) -> Batch:
     """The collator of `pack_dataset`'s rows: one pack, or several laid end to end."""
-    return collate([sample for row in rows for sample in row["encoded"]])
+    return collate([sample for row in rows for sample in row["encoded"]], vision.batch)
 
 
 def _encode(
@@ -98,10 +99,7 @@ def _encode(
             encoded.append(encoder.encode(samples[index]))
         except SampleError as error:
             broken(error)
-    if not encoded:
-        start = encoder.token_id(encoder.template.start)
-        encoded.append(Encoded(np.array([start, start]), np.array([IGNORE, IGNORE]), {}))
-    return encoded
+    return encoded or [encoder.nothing()]
 
 
 def _draw(samples: Samples, seed: int, epoch: int) -> np.ndarray:

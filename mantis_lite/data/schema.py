@@ -59,18 +59,20 @@ class Sample:
 def parse(row: Mapping[str, Any], where: str, root: Path) -> Sample:
     """Read one row; paths in it are relative to `root`. Raises SampleError.
 
-    "<image>" in a turn's text is a mark, unless the turn is a list of typed parts: there it stays text.
+    "<image>" in a turn's text is a mark, unless the turn is a list of typed parts or the row has no picture: there it
+    stays text.
     """
     try:
         if not isinstance(row, Mapping):
             raise _Fault(f"the row is {_kind(row)}", 'Give {"images": [...], "messages": [...]}.')
         turns, notices = _turns(row, root)
         images, ignored = _column(row, root)
+        literal = () if images else _marks_as_text(row, turns)
         read = _pair(turns, images)
         _refuse_half_characters(read)
     except _Fault as fault:
         raise SampleError(where, fault.found, fault.remedy, _id(row)) from None
-    return Sample(where, _id(row), read, notices + ignored)
+    return Sample(where, _id(row), read, notices + ignored + literal)
 
 
 def _refuse_half_characters(turns: tuple[Turn, ...]) -> None:
@@ -262,6 +264,16 @@ def _data_uri(uri: str, place: str) -> bytes:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise _Fault(f"{place} is a data: URI that is not base64 ({error})", "Encode it again.") from None
+
+
+def _marks_as_text(row: Mapping[str, Any], turns: _Turns) -> tuple[str, ...]:
+    """In a row without pictures or typed parts "<image>" is what someone wrote; turns it back into text and says so."""
+    typed = any(isinstance(value, list | tuple) for turn in _listed(row) for value in turn.values())
+    if typed or not any(None in parts for _, parts in turns):
+        return ()
+    for _, parts in turns:
+        parts[:] = _merge(MARK if part is None else part for part in parts)
+    return ('"<image>" was read as text, as the row has no picture',)
 
 
 def _pair(turns: _Turns, images: list[Image]) -> tuple[Turn, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from ..errors import RecipeError
@@ -13,7 +13,6 @@ from .schema import Image, Role, Sample, Turn
 
 NEVER = sys.maxsize
 LabelRule = Literal["answer", "upstream"]
-Wrap = Callable[[int], tuple[str, str]]
 
 
 class Token(str):
@@ -28,40 +27,60 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Wrap:
+    """What a family writes around a picture's own tokens.
+
+    `before(j)` and `after(j)` are text about the j-th picture, counted from 1; `close` stands once after pictures that
+    follow each other; `chunk` begins each stretch of text in a sample with pictures.
+    """
+
+    before: Callable[[int], str] = lambda j: ""
+    after: Callable[[int], str] = lambda j: ""
+    close: Token | None = None
+    chunk: Token | None = None
+
+
+@dataclass(frozen=True)
 class Template:
-    """How a conversation is written out: a header before and a token after each turn."""
+    """How a conversation is written out: a header before each turn and what ends it, special tokens as `Token`.
+
+    `gap` stands between a turn's end and the next header, whose loss it shares, and at the very end. With
+    `blank_before_picture` off, a header's last blank is left out where a picture comes next. `marks` are spellings of
+    what the template writes as text and no turn may hold.
+    """
 
     name: str
-    start: Token
     headers: Mapping[Role, tuple[str, ...]]
-    end: Token
-    system: str
+    ends: Mapping[Role, tuple[str, ...]]
+    system: str = ""
+    start: Token | None = None
+    gap: str = ""
+    blank_before_picture: bool = True
+    marks: tuple[str, ...] = ()
 
-    @cached_property
-    def openings(self) -> dict[tuple[Role, bool], tuple[list[Piece], str]]:
-        """A turn's header by role and whether it carries loss: finished pieces, and the text the turn goes on from."""
-        return {(role, loss): self._opening(role, loss) for role in self.headers for loss in (False, True)}
-
-    def _opening(self, role: Role, loss: bool) -> tuple[list[Piece], str]:
-        parts = list(self.headers[role])
-        text = parts.pop() if parts and not isinstance(parts[-1], Token) else ""
-        return [Piece(part, 0 if loss else NEVER) for part in parts], text
+    @property
+    def end(self) -> Token:
+        """The token that ends an answer."""
+        return next(part for part in self.ends["assistant"] if isinstance(part, Token))
 
     @property
     def tokens(self) -> set[str]:
-        parts = [self.start, self.end, *(part for header in self.headers.values() for part in header)]
+        parts = chain([self.start], *self.headers.values(), *self.ends.values())
         return {str(part) for part in parts if isinstance(part, Token)}
 
 
-def _llama_3_header(role: Role) -> tuple[str, ...]:
-    return Token("<|start_header_id|>"), role, Token("<|end_header_id|>"), "\n\n"
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+def _all(*ends: str) -> dict[Role, tuple[str, ...]]:
+    return dict.fromkeys(ROLES, ends)
 
 
 LLAMA_3 = Template(
     name="llama_3",
     start=Token("<|begin_of_text|>"),
-    headers={role: _llama_3_header(role) for role in ("system", "user", "assistant")},
-    end=Token("<|eot_id|>"),
+    headers={role: (Token("<|start_header_id|>"), role, Token("<|end_header_id|>"), "\n\n") for role in ROLES},
+    ends=_all(Token("<|eot_id|>")),
     # Upstream's own words: the published weights were trained with them in front of every conversation.
     system="You are a pirate chatbot who always responds in pirate speak!",
 )
@@ -70,32 +89,74 @@ MLLAVA_V1 = Template(
     name="mllava_v1",
     start=Token("<s>"),
     headers={"system": (), "user": ("USER: ",), "assistant": ("ASSISTANT: ",)},
-    end=Token("</s>"),
+    ends=_all(Token("</s>")),
     system="A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.",
 )
 
+# Upstream writes no blank after a role's colon, and the Mantis weights were trained so; the hub's own template does.
+IDEFICS_2 = Template(
+    name="idefics_2",
+    start=Token("<s>"),
+    headers={"system": ("System:",), "user": ("User:",), "assistant": ("Assistant:",)},
+    ends=_all(Token("<end_of_utterance>")),
+    gap="\n",
+)
 
-def choose_template(name: str, vocabulary: Collection[str]) -> Template:
-    """The template a recipe names, or for "auto" the one whose special tokens the checkpoint has.
+# Upstream's own text begins with this token and its tokenizer adds another; here there is one.
+IDEFICS_3 = replace(IDEFICS_2, name="idefics_3", start=Token("<|begin_of_text|>"))
+
+SMOLVLM = Template(
+    name="smolvlm",
+    start=Token("<|im_start|>"),
+    headers={"system": ("System: ",), "user": ("User: ",), "assistant": ("Assistant: ",)},
+    ends=_all(Token("<end_of_utterance>")),
+    gap="\n",
+    blank_before_picture=False,
+)
+
+# The mark of an answer's beginning, <0x04>, is text: the tokenizer reads it so, and sees the two turns as one stretch.
+MFUYU_V1 = Template(
+    name="mfuyu_v1",
+    headers={"system": (), "user": ("USER: ",), "assistant": ("ASSISTANT: ",)},
+    ends={"system": ("\n",), "user": ("<0x04>",), "assistant": (Token("|ENDOFTEXT|"),)},
+    system="You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language.",
+    marks=("<0x04>", "\x04"),
+)
+
+QWEN2_VL = Template(
+    name="qwen2_vl",
+    headers={role: (Token("<|im_start|>"), f"{role}\n") for role in ROLES},
+    ends=_all(Token("<|im_end|>")),
+    gap="\n",
+    system="You are a helpful assistant.",
+)
+
+QWEN3_VL = replace(QWEN2_VL, name="qwen3_vl", system="")
+
+TEMPLATES = (LLAMA_3, MLLAVA_V1, IDEFICS_2, IDEFICS_3, SMOLVLM, MFUYU_V1, QWEN2_VL, QWEN3_VL)
+
+
+def choose_template(name: str, family: Sequence[Template], vocabulary: Collection[str]) -> Template:
+    """The template a recipe names, or for "auto" the one of the family's whose special tokens the checkpoint has.
 
     Raises RecipeError where the checkpoint lacks the template's tokens.
     """
-    templates = (LLAMA_3, MLLAVA_V1)
     if name != "auto":
-        template = next(t for t in templates if t.name == name)
+        template = next(t for t in TEMPLATES if t.name == name)
         if missing := sorted(template.tokens.difference(vocabulary)):
             raise RecipeError(
                 f"prompt.template: {name} needs the tokens {', '.join(missing)}, which this tokenizer lacks\n"
                 "  Set prompt.template=auto to choose by the tokens."
             )
         return template
-    fitting = [t for t in templates if t.tokens <= set(vocabulary)]
+    fitting = [t for t in family if t.tokens <= set(vocabulary)]
     if len(fitting) != 1:
         found = " and ".join(t.name for t in fitting) or "none"
         raise RecipeError(
             f"prompt.template: auto needs one template whose tokens the checkpoint has, found {found}\n"
-            f"  Set prompt.template to one of {', '.join(t.name for t in templates)}."
+            f"  Set prompt.template to one of {', '.join(t.name for t in TEMPLATES)}."
         )
     return fitting[0]
 
@@ -104,69 +165,94 @@ def render(sample: Sample, template: Template, system: str | None, labels: Label
     """Write a sample out as pieces.
 
     `system` replaces the template's words ("" leaves the turn out); a row's own system turn replaces both.
-    `labels` is "answer" (the answer and its end token) or "upstream" (the assistant's header as well). `wrap(j)` gives
-    the text before and after the j-th picture, counted from 1.
+    `labels` is "answer" (the answer and its end token) or "upstream" (the assistant's header as well).
     """
-    pieces = _Pieces(wrap)
-    pieces.end(template.start, False)
-    words = template.system if system is None else system
-    if sample.turns[0].role != "system" and words:
-        _add_turn(pieces, Turn("system", (words,)), template, labels)
-    for turn in sample.turns:
-        _add_turn(pieces, turn, template, labels)
-    return pieces.pieces
+    pieces = _turns(sample, template, system, labels, wrap)
+    pieces.add_text(template.gap, False)
+    return pieces.finished()
 
 
 def prompt(sample: Sample, template: Template, system: str | None, wrap: Wrap) -> list[Piece]:
     """Write a sample's turns out, without loss, and the header of the answer that is to be generated."""
-    pieces = [piece._replace(loss_from=NEVER) for piece in render(sample, template, system, "answer", wrap)]
+    pieces = _turns(sample, template, system, "answer", wrap)
+    pieces.add_text(template.gap, False)
     for part in template.headers["assistant"]:
         # As upstream: "ASSISTANT:" without its blank, which belongs to the answer's first word.
-        pieces.append(Piece(part if isinstance(part, Token) else part.rstrip(" "), NEVER))
+        pieces.add(part if isinstance(part, Token) else part.rstrip(" "), False)
+    return [piece._replace(loss_from=NEVER) for piece in pieces.finished()]
+
+
+def _turns(sample: Sample, template: Template, system: str | None, labels: LabelRule, wrap: Wrap) -> _Pieces:
+    words = template.system if system is None else system
+    turns = sample.turns
+    if turns[0].role != "system" and words:
+        turns = (Turn("system", (words,)), *turns)
+    pieces = _Pieces(wrap, bool(sample.images))
+    if template.start:
+        pieces.add(template.start, False)
+    for number, turn in enumerate(turns):
+        answer = turn.role == "assistant"
+        header_loss = answer and labels == "upstream"
+        if number:
+            pieces.add_text(template.gap, header_loss)
+        *header, last = template.headers[turn.role] or ("",)
+        for part in header:
+            pieces.add(part, header_loss)
+        before_picture = bool(turn.content) and isinstance(turn.content[0], Image)
+        trim = before_picture and not template.blank_before_picture
+        pieces.add(last.rstrip(" ") if trim else last, header_loss)
+        for content in turn.content:
+            pieces.add(content, answer)
+        for part in template.ends[turn.role]:
+            pieces.add(part, answer)
     return pieces
-
-
-def _add_turn(pieces: _Pieces, turn: Turn, template: Template, labels: LabelRule) -> None:
-    answer = turn.role == "assistant"
-    finished, text = template.openings[turn.role, answer and labels == "upstream"]
-    pieces.pieces += finished
-    pieces.add(text, answer and labels == "upstream")
-    for part in turn.content:
-        pieces.add(part, answer)
-    pieces.end(template.end, answer)
 
 
 class _Pieces:
     """Collects parts, joining text with text: a tokenizer must see it whole."""
 
-    def __init__(self, wrap: Wrap) -> None:
+    def __init__(self, wrap: Wrap, pictures: bool) -> None:
         self.wrap = wrap
         self.pieces: list[Piece] = []
         self.images = 0
         self.text, self.loss_from = "", NEVER
+        self.chunk = wrap.chunk if pictures else None
+        self.begins = True  # whether a stretch of text begins here, after a picture or at the start
 
-    def add(self, part: str | Image, loss: bool) -> None:
+    def add(self, part: str | Token | Image, loss: bool) -> None:
         if isinstance(part, Image):
             self.images += 1
-            before, after = self.wrap(self.images)
-            self._add_text(before, loss)
+            self.add_text(self.wrap.before(self.images), loss)
             self._flush()
             self.pieces.append(Piece(part, NEVER))
-            self._add_text(after, loss)
+            self.begins = True
+            self.add_text(self.wrap.after(self.images), loss)
+        elif isinstance(part, Token):
+            self._flush()
+            self._append(part, 0 if loss else NEVER)
         else:
-            self._add_text(part, loss)
+            self.add_text(part, loss)
 
-    def end(self, token: Token, loss: bool) -> None:
-        """Close a stretch of text with a special token; every turn ends with one."""
-        self._flush()
-        self.pieces.append(Piece(token, 0 if loss else NEVER))
-
-    def _add_text(self, text: str, loss: bool) -> None:
+    def add_text(self, text: str, loss: bool) -> None:
         if loss and self.loss_from == NEVER:
             self.loss_from = len(self.text)
         self.text += text
 
+    def finished(self) -> list[Piece]:
+        self._flush()
+        if self.wrap.close and isinstance(self.pieces[-1].content, Image):
+            self.pieces.append(Piece(self.wrap.close, NEVER))
+        return self.pieces
+
     def _flush(self) -> None:
         if self.text:
-            self.pieces.append(Piece(self.text, self.loss_from))
+            self._append(self.text, self.loss_from)
         self.text, self.loss_from = "", NEVER
+
+    def _append(self, content: str | Token, loss_from: int) -> None:
+        if self.wrap.close and self.pieces and isinstance(self.pieces[-1].content, Image):
+            self.pieces.append(Piece(self.wrap.close, NEVER))
+        if self.chunk and self.begins:
+            self.pieces.append(Piece(self.chunk, NEVER))
+        self.begins = False
+        self.pieces.append(Piece(content, loss_from))

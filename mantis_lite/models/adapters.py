@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError
 from ..recipe import LoraRecipe, Part, Recipe, Training
-from . import llava
+from .family import Family
 
 
 class PartSize(NamedTuple):
@@ -25,38 +25,46 @@ class PartSize(NamedTuple):
     trainable: int
 
 
-def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
+def make_trainable(model: PreTrainedModel, recipe: Recipe, family: Family) -> PreTrainedModel | PeftModel:
     """Freeze, lay on adapters and unfreeze, as the recipe says part by part. Raises RecipeError."""
-    parts = recipe.parts
-    tower = model.get_submodule(llava.PARTS["vision_tower"])
+    parts = {part: recipe.part(part) for part in family.parts}
+    if missing := [part for part in recipe.parts if part not in family.parts and getattr(recipe.trainable, part)]:
+        raise RecipeError(f"trainable.{missing[0]}: {model.config.model_type} has none\n  Leave it out.")
+    towers = [model.get_submodule(path) for path in family.parts.get("vision_tower", ())]
     model.requires_grad_(False)
     if recipe.method == "full":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parts[part_of(name)] == "full")
+            parameter.requires_grad_(parts[part_of(name, family)] == "full")
     else:
-        model = get_peft_model(model, lora_config(model, parts, recipe.lora, recipe.model.revision))
-    if parts["vision_tower"] == "frozen":
-        _without_autograd(tower)
+        model = get_peft_model(model, lora_config(model, family, parts, recipe.lora, recipe.model.revision))
+    for tower in towers:
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            _without_autograd(tower)
     return model
 
 
 def lora_config(
-    model: PreTrainedModel, parts: Mapping[Part, Training], lora: LoraRecipe, revision: str | None = None
+    model: PreTrainedModel,
+    family: Family,
+    parts: Mapping[Part, Training],
+    lora: LoraRecipe,
+    revision: str | None = None,
 ) -> LoraConfig:
     """PEFT's settings; target_modules is one regular expression anchored on each part that takes an adapter.
 
     A list of names would be matched by suffix, and so land in the vision tower as well (PEFT's rule).
     """
+    linear = _linear_layers(model, family)
     adapted = [part for part, training in parts.items() if training == "adapter"]
-    whole = [llava.PARTS[part].rpartition(".")[2] for part, training in parts.items() if training == "full"]
-    linear = {part: _linear_layers(model, part) for part in adapted}
-    found = set[str]().union(*linear.values())
+    wanted = {part: [n for n in lora.target_modules or family.targets[part] if n in linear[part]] for part in adapted}
+    found = {name for part in adapted for name in linear[part]}
     if missing := [name for name in lora.target_modules or () if name not in found]:
         raise RecipeError(
             f"lora.target_modules: the {' and '.join(adapted)} has no linear layer {', '.join(missing)}\n"
             f"  It has {', '.join(sorted(found))}."
         )
-    wanted = {part: [n for n in lora.target_modules or llava.TARGETS[part] if n in linear[part]] for part in adapted}
+    modules = {part: _own(model, family, part) for part in parts}
+    targets = [_target(model, family, part, path, wanted[part]) for part in adapted for path in modules[part]]
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -64,41 +72,60 @@ def lora_config(
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         init_lora_weights=True if lora.init == "default" else lora.init,
-        target_modules="|".join(_targets(model, part, names) for part, names in wanted.items() if names) or None,
-        modules_to_save=whole or None,
+        target_modules="|".join(filter(None, targets)) or None,
+        modules_to_save=[path for part in parts if parts[part] == "full" for path in modules[part]] or None,
         task_type="CAUSAL_LM",
         revision=revision,
     )
 
 
-def part_of(parameter: str) -> Part:
-    """The part a parameter belongs to, by its name in the model or under PEFT; lm_head is the language model's."""
-    for part in ("projector", "vision_tower"):
-        if f"{llava.PARTS[part]}." in parameter:
+def part_of(name: str, family: Family) -> Part:
+    """The part of a parameter or module, by its name in the model or under PEFT; lm_head is the language model's."""
+    for part in ("projector", "vision_tower"):  # a projector may lie within the tower
+        if any(f"{path}." in f"{name}." for path in family.parts.get(part, ())):
             return part
     return "language_model"
 
 
-def part_sizes(model: nn.Module) -> list[PartSize]:
+def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
     """How many parameters each part has, and how many of them train."""
     sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights in a byte
-        sizes[part_of(name)][0] += count
-        sizes[part_of(name)][1] += count if parameter.requires_grad else 0
-    return [PartSize(part, *sizes[part]) for part in llava.PARTS]
+        part = part_of(name, family)
+        sizes[part][0] += count
+        sizes[part][1] += count if parameter.requires_grad else 0
+    return [PartSize(part, *sizes[part]) for part in family.parts]
 
 
-def _linear_layers(model: PreTrainedModel, part: Part) -> set[str]:
-    path = llava.PARTS[part]
-    return {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and path in n}
+def _own(model: PreTrainedModel, family: Family, part: Part) -> list[str]:
+    """The part's modules that this model has: within a family, one may lack what another has."""
+    modules = dict(model.named_modules())
+    names: list[str] = []
+    for path in family.parts[part]:
+        if isinstance(modules.get(path), nn.ModuleList):  # PEFT saves what has a forward of its own
+            names += [f"{path}.{at}" for at in range(len(modules[path]))]
+        elif path in modules:
+            names.append(path)
+    return names
 
 
-def _targets(model: PreTrainedModel, part: Part, names: list[str]) -> str:
-    layers = ""
-    if part == "vision_tower":  # an adapter on a layer whose output nobody reads would never learn
-        layers = rf"layers\.(?:{'|'.join(map(str, range(llava.vision_layers(model.config))))})\."
-    return rf"{re.escape(llava.PARTS[part])}\.(?:.*\.)?{layers}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+def _linear_layers(model: PreTrainedModel, family: Family) -> dict[Part, set[str]]:
+    """The last names of each part's linear layers; lm_head is none of them."""
+    layers: dict[Part, set[str]] = {part: set() for part in family.parts}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            layers[part_of(name, family)].add(name.rpartition(".")[2])
+    return layers
+
+
+def _target(model: PreTrainedModel, family: Family, part: Part, path: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    if isinstance(model.get_submodule(path), nn.Linear):
+        return re.escape(path)
+    layers = family.tower_layers(model.config) if part == "vision_tower" else ""
+    return rf"{re.escape(path)}\.{layers}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
 def _without_autograd(tower: nn.Module) -> None:

@@ -30,30 +30,34 @@ def segment_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each of a pack's samples.
 
     query (1, H, T, D), key and value (1, K, T, D) with K dividing H; `cu_seq_lens_q` (S + 1,) holds the boundaries.
+    With a `sliding_window` (Mistral's) a position attends to that many, itself the last.
     Returns (1, T, H, D). On a GPU in 16 bits it is one variable-length flash kernel, else one SDPA call a segment.
     """
     assert cu_seq_lens_q is not None and max_length_q is not None, "a batch without the boundaries of its samples"
     assert attention_mask is None and query.shape[0] == 1 and not dropout
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_varlen():
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    ends = cu_seq_lens_q.tolist()
-    parts = [
-        scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        for start, end in pairwise(ends)
-    ]
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    parts = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        mask = _band(end - start, sliding_window, query.device)
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        gqa = key.shape[1] != query.shape[1]
+        parts.append(scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=scaling, enable_gqa=gqa))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Which positions (L, L) a segment's attend to, where the window is shorter than the segment."""
+    if window is None or window >= length:
+        return None
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (behind >= 0) & (behind < window)
 
 
 @cache
@@ -69,11 +73,12 @@ def _varlen(
     ends: torch.Tensor,
     longest: int,
     scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     groups = {"enable_gqa": True} if _GROUPS_ARE_ASKED_FOR and query.shape[1] != key.shape[1] else {}
-    causal = (-1, 0)
-    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=causal, **groups)
+    size = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=size, **groups)
     return out[None]
 
 

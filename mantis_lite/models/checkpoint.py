@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -20,12 +22,30 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import tiny
 from ..data.encode import Encoder
-from ..data.template import choose_template
+from ..data.template import Token, choose_template
 from ..errors import RecipeError
-from ..recipe import ModelRecipe, Recipe
-from . import llava
+from ..recipe import MediaRecipe, ModelRecipe, Recipe
+from .family import Family
+from .fuyu import FUYU
+from .idefics2 import IDEFICS2
+from .idefics3 import IDEFICS3
+from .llava import LLAVA
+from .qwen_vl import QWEN2, QWEN3
 
-SMALL_FILES = ["*.json", "*.model", "*.txt"]
+FAMILIES = (LLAVA, IDEFICS2, FUYU, IDEFICS3, QWEN2, QWEN3)
+
+NEAREST = {
+    "llava_next": "chat-siglip-llama3-qlora",
+    "llava_onevision": "chat-siglip-llama3-qlora",
+    "video_llava": "chat-idefics2-qlora",
+    "internvl": "chat-qwen25vl-qlora",
+    "internvl_chat": "chat-qwen25vl-qlora",
+    "idefics": "chat-idefics2-qlora",
+    "qwen2_5_omni": "chat-qwen25vl-qlora",
+}
+"""The recipe to take in place of a kind of model that is not trained here."""
+
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -35,52 +55,97 @@ class Checkpoint:
     name: str
     revision: str | None
     folder: Path
+    family: Family
+    published: dict[str, Any]
+    """config.json as it stands in the folder, or mended; `notice` says how."""
+    notice: str | None
     config: PreTrainedConfig
     tokenizer: Tokenizer
     image_processor: BaseImageProcessor
 
-    def small_files(self) -> list[Path]:
-        """Everything of a checkpoint but its weights and their index."""
-        files = [file for pattern in SMALL_FILES for file in self.folder.glob(pattern)]
-        return [file for file in files if not file.name.endswith(".index.json")]
+    def copy_small_files(self, folder: Path) -> None:
+        """Copy everything but the weights and their index, to the letter; a mended config.json as mended."""
+        for file in (file for pattern in SMALL_FILES for file in self.folder.glob(pattern)):
+            if not file.name.endswith(".index.json"):
+                shutil.copy(file, folder)
+        if self.notice:
+            (folder / "config.json").write_text(json.dumps(self.published, indent=2) + "\n")
 
     def encoder(self, recipe: Recipe) -> Encoder:
-        """The Encoder of this model under a recipe's prompt and media settings."""
-        template = choose_template(recipe.prompt.template, self.tokenizer.get_vocab())
-        vision = llava.vision(self.config, self.image_processor)
+        """The Encoder of this model under a recipe's prompt and media settings. Raises RecipeError."""
+        family, media = self.family, recipe.media
+        kind = self.config.model_type
+        if media.image_splitting is not None and not family.splits:
+            raise RecipeError(f"media.image_splitting: {kind} does not split pictures\n  Leave it out.")
+        if isinstance(media.max_image_size, str) and media.max_image_size not in family.caps:
+            raise RecipeError(
+                f"media.max_image_size: {media.max_image_size} is a size of Fuyu's, and this is {kind}\n"
+                "  Give the longest side in pixels."
+            )
+        vocabulary = self.tokenizer.get_vocab()
+        vision = family.vision(self.config, self.image_processor, media, vocabulary)
+        large = [token for token, _ in vision.tokens((4096, 4096)) if isinstance(token, Token)]
+        if missing := [token for token in large if token not in vocabulary]:
+            raise RecipeError(
+                f"media.max_image_size: a large picture needs {missing[0]}, and the tokenizer has no such token\n"
+                "  Set it lower."
+            )
         return Encoder(
             tokenizer=self.tokenizer,
-            template=template,
+            template=choose_template(recipe.prompt.template, family.templates, vocabulary),
             vision=vision,
             system=recipe.prompt.system,
             labels=recipe.prompt.labels,
-            max_image_size=recipe.media.max_image_size,
+            max_image_size=None if isinstance(media.max_image_size, str) else media.max_image_size,
         )
 
 
 def open_checkpoint(model: ModelRecipe) -> Checkpoint:
     """Read a checkpoint's small files; "tiny" is the model that comes with the package. Raises RecipeError."""
     folder = _folder(model)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise RecipeError(
-            f"model: {model.name} has no config.json\n  Name a model on the hub, or a folder with one saved."
-        )
-    found = json.loads(config_file.read_text()).get("model_type")
-    if found != llava.MODEL_TYPE:
-        raise RecipeError(
-            f"model: {model.name} is of type {found}; trained here: {llava.MODEL_TYPE}\n"
-            "  Take a Mantis checkpoint of the LLaVA architecture, such as TIGER-Lab/Mantis-8B-siglip-llama3."
-        )
+    published, family = _published(folder, model.name)
+    notice = family.mend(published)
+    config, tokenizer = AutoConfig.for_model(**published), _tokenizer(folder)
+    image_processor = _image_processor(folder)
+    # The model looks for the placeholder the encoder writes; a Fuyu with a vocabulary of its own does not name it.
+    placeholder = family.vision(config, image_processor, MediaRecipe(), ()).placeholder
+    config.image_token_id = tokenizer.token_to_id(placeholder)
     return Checkpoint(
         name=str(folder) if Path(model.name).is_dir() or model.name == "tiny" else model.name,
         revision=model.revision,
         folder=folder,
-        config=AutoConfig.from_pretrained(folder),
-        tokenizer=_tokenizer(folder),
-        # The PIL processors everywhere, so that a machine with torchvision sees the same pixels as one without.
-        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        family=family,
+        published=published,
+        notice=notice,
+        config=config,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
     )
+
+
+def _published(folder: Path, name: str) -> tuple[dict[str, Any], Family]:
+    config_file = folder / "config.json"
+    supported = ", ".join(kind for family in FAMILIES for kind in family.model_types)
+    if not config_file.is_file():
+        raise RecipeError(
+            f"model: {name} has no config.json; trained here: {supported}\n"
+            "  Name a model on the hub, or a folder with one saved."
+        )
+    config = json.loads(config_file.read_text())
+    found = config.get("model_type")
+    family = next((family for family in FAMILIES if found in family.model_types), None)
+    if family is None:
+        nearest = NEAREST.get(str(found), "chat")
+        raise RecipeError(
+            f"model: {name} is of type {found}; trained here: {supported}\n"
+            f"  The nearest recipe is {nearest}; `mantis-lite recipes list` shows all."
+        )
+    return config, family
+
+
+def _image_processor(folder: Path) -> BaseImageProcessor:
+    """The PIL processors everywhere, so that a machine with torchvision sees the same pixels as one without."""
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
 def _folder(model: ModelRecipe) -> Path:

@@ -5,39 +5,21 @@ Mantis-8B-siglip-llama3, Mantis-8B-clip-llama3 and Mantis-llava-7b (Jiang et al.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Collection
+
 from PIL.Image import Image as Picture
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.encode import Vision
-from ..data.template import Token
-from ..recipe import Part
-
-MODEL_TYPE = "llava"
-
-PARTS: dict[Part, str] = {
-    "language_model": "model.language_model",
-    "projector": "model.multi_modal_projector",
-    "vision_tower": "model.vision_tower",
-}
-"""Where each part lives in LlavaForConditionalGeneration."""
-
-TARGETS: dict[Part, list[str]] = {
-    "language_model": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "projector": ["linear_1", "linear_2"],
-    "vision_tower": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-}
-"""The linear layers of each part that an adapter is laid on."""
+from ..data.template import LLAMA_3, MLLAVA_V1, Token, Wrap
+from ..data.vision import Pixels, Vision
+from ..recipe import MediaRecipe
+from .family import Family
 
 
-def vision_layers(config: PreTrainedConfig) -> int:
-    """How many of the tower's layers are read: the published -2 leaves the last one out."""
-    layer = config.vision_feature_layer
-    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
-
-
-def vision(config: PreTrainedConfig, processor: BaseImageProcessor) -> Vision:
+def vision(
+    config: PreTrainedConfig, processor: BaseImageProcessor, media: MediaRecipe, vocabulary: Collection[str]
+) -> Vision:
     """How pictures enter: one crop each, wrapped as upstream's processor wraps them, counted from 1.
 
     CLIP gives 576 tokens at 336 px. SigLIP gives 728 at 384 px: it has no class token, but the published strategy
@@ -46,15 +28,41 @@ def vision(config: PreTrainedConfig, processor: BaseImageProcessor) -> Vision:
     tower = config.vision_config
     positions = (tower.image_size // tower.patch_size) ** 2 + (tower.model_type == "clip_vision_model")
     tokens = positions - (config.vision_feature_select_strategy == "default")
+    placeholder = Token("<image>")
 
-    def pixels(pictures: list[Picture]) -> dict[str, np.ndarray]:
-        return {"pixel_values": np.stack(processor(pictures, return_tensors="np")["pixel_values"])}
+    def pixels(picture: Picture) -> Pixels:
+        return {"pixel_values": processor([picture], return_tensors="np")["pixel_values"]}
 
     return Vision(
-        token=Token("<image>"),
-        wrap=lambda j: (f"(image {j}: <Image>", "</Image>)"),
-        tokens=lambda size: tokens,
+        placeholder=placeholder,
+        wrap=Wrap(before=lambda j: f"(image {j}: <Image>", after=lambda j: "</Image>)"),
+        tokens=lambda size: ((placeholder, tokens),),
         patches=lambda size: positions,
         pixels=pixels,
         facts=f"llava {tokens} {positions}",
     )
+
+
+def _read_layers(config: PreTrainedConfig) -> str:
+    """The published vision_feature_layer of -2 leaves the last layer out: an adapter there would never learn."""
+    layer = config.vision_feature_layer
+    read = layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
+    return rf"(?:.*\.)?layers\.(?:{'|'.join(map(str, range(read)))})\."
+
+
+LLAVA = Family(
+    model_types=("llava",),
+    templates=(LLAMA_3, MLLAVA_V1),
+    parts={
+        "language_model": ("model.language_model",),
+        "projector": ("model.multi_modal_projector",),
+        "vision_tower": ("model.vision_tower",),
+    },
+    targets={
+        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "projector": ("linear_1", "linear_2"),
+        "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    },
+    vision=vision,
+    tower_layers=_read_layers,
+)

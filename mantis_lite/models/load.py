@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import RecipeError
 from ..recipe import Recipe
-from . import llava
+from .adapters import part_of
 from .attention import use_attention
 from .checkpoint import Checkpoint
+from .family import Family
 
 
 def working_dtype() -> torch.dtype:
@@ -36,7 +39,8 @@ def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
             "  Take the checkpoint as it was published."
         )
     if recipe.quantized:
-        _check_quantized(model)
+        _check_quantized(model, checkpoint.family, recipe)
+    checkpoint.family.adapt(model)
     use_attention(model, recipe.memory.attention)
     return model
 
@@ -45,9 +49,10 @@ def _from_pretrained(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype)
     try:
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint.name,
+            config=deepcopy(checkpoint.config),
             revision=checkpoint.revision,
             dtype=dtype,
-            quantization_config=_quantization(recipe, dtype),
+            quantization_config=_quantization(checkpoint.family, recipe, dtype),
             device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
             output_loading_info=True,
         )
@@ -55,10 +60,10 @@ def _from_pretrained(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype)
         raise RecipeError(f"model: the weights of {checkpoint.name} cannot be read: {error}") from None
 
 
-def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(family: Family, recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if not recipe.quantized:
         return None
-    skipped = [path for part, path in llava.PARTS.items() if part not in recipe.quantized]
+    skipped = [path for part, paths in family.parts.items() if part not in recipe.quantized for path in paths]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -69,11 +74,11 @@ def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | No
     )
 
 
-def _check_quantized(model: PreTrainedModel) -> None:
+def _check_quantized(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
     """The skip list is matched by name and says nothing where it matches nothing: count what is in 4 bits."""
     from bitsandbytes.nn import Linear4bit
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            wanted = name.startswith(llava.PARTS["language_model"] + ".")
+            wanted = name != "lm_head" and part_of(name, family) in recipe.quantized
             assert isinstance(module, Linear4bit) == wanted, f"{name} is quantised, or is not, against the recipe"

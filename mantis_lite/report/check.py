@@ -76,7 +76,7 @@ def check(recipe: Recipe) -> Check:
 
 def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
     """A sample's tokens back as text, cut where loss begins and ends; a picture's placeholders become one mark."""
-    image = encoder.token_id(encoder.vision.token)
+    image = encoder.token_id(encoder.vision.placeholder)
     kinds = np.where(encoded.input_ids == image, 2, (encoded.labels != IGNORE).astype(int))
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     stretches = []

@@ -31,8 +31,9 @@ from ..data.encode import Encoder
 from ..data.schema import Image, Sample, Turn
 from ..data.template import LLAMA_3, Wrap, render
 from ..generate import answer
-from ..models import llava
 from ..models.attention import use_attention
+from ..models.llava import vision as llava_vision
+from ..recipe import MediaRecipe
 from . import layout, tasks
 from .pictures import COLOURS, SHAPES, THINGS, Thing, draw
 
@@ -60,7 +61,7 @@ def build(out: Path) -> None:
     rng = random.Random(SEED)
     layout.write(out)
     config = LlavaConfig.from_pretrained(out)
-    vision = llava.vision(config, AutoImageProcessor.from_pretrained(out, backend="pil"))
+    vision = llava_vision(config, AutoImageProcessor.from_pretrained(out, backend="pil"), MediaRecipe(), ())
     tokenizer = train_tokenizer(vision.wrap, rng)
     tokenizer.save(str(out / "tokenizer.json"))
     encoder = Encoder(tokenizer, LLAMA_3, vision, system="")
@@ -125,7 +126,7 @@ class Seeing(Dataset):
         things = rng.choices(THINGS, k=PICTURES_A_STEP)
         pictures = [PIL.Image.open(io.BytesIO(rng.choice(self.album[thing]))).convert("RGB") for thing in things]
         return {
-            "pixels": torch.from_numpy(self.encoder.vision.pixels(pictures)["pixel_values"]),
+            "pixels": self.encoder.vision.batch(list(map(self.encoder.vision.pixels, pictures)))["pixel_values"],
             "colours": torch.tensor([list(COLOURS).index(thing.colour) for thing in things]),
             "shapes": torch.tensor([SHAPES.index(thing.shape) for thing in things]),
         }

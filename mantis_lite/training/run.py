@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def sizes(self) -> list[PartSize]:
-        return part_sizes(self.trainer.model)
+        return part_sizes(self.trainer.model, self.checkpoint.family)
 
     def train(self) -> Path:
         """Train to the end, from the newest checkpoint where there is one; returns the folder of what was trained."""
@@ -55,8 +55,7 @@ class Run:
         self.trainer.model.save_pretrained(folder)
         if self.recipe.method == "full":
             # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
-            for file in self.checkpoint.small_files():
-                shutil.copy(file, folder)
+            self.checkpoint.copy_small_files(folder)
         return folder
 
 
@@ -76,11 +75,13 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
     arguments = _arguments(recipe, packs, prepared.held_out is not None)
     set_seed(arguments.seed)  # the trainer's own comes too late for an adapter's first values
-    model = make_trainable(load_model(checkpoint, recipe), recipe)
+    model = make_trainable(load_model(checkpoint, recipe), recipe, checkpoint.family)
     trainer = _trainer(recipe, arguments, checkpoint, encoder, prepared, packs, model)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
             parameter.data = parameter.data.float()
+    # Qwen's classes say that they cannot weigh a pack by its tokens in the whole step; like the others, they can.
+    trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     for callback in (MetricsFile(recipe.run_dir / "metrics.jsonl", packs), *callbacks):
         trainer.add_callback(callback)
@@ -133,7 +134,7 @@ def _trainer(
     return _Trainer(
         model=model,
         args=arguments,
-        data_collator=collate_packs,
+        data_collator=partial(collate_packs, vision=encoder.vision),
         train_dataset=pack_dataset(packs.packs, prepared.train, encoder, broken),
         eval_dataset=held_out and pack_dataset(pack_epoch(held_out, recipe.packing), held_out, encoder, broken),
         processing_class=AutoTokenizer.from_pretrained(checkpoint.folder),

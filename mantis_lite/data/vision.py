@@ -1,0 +1,49 @@
+"""What a family's pictures come to: tokens, patches, pixels, and the model's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as Picture
+
+from .template import Token, Wrap
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+Pixels = dict[str, np.ndarray]
+"""One picture as the model takes it: arrays by name."""
+
+Runs = Sequence[tuple[str, int]]
+"""What stands for a picture in a prompt: a `Token` or text, and how many times it is repeated."""
+
+
+def lay_end_to_end(pictures: Sequence[Pixels]) -> dict[str, Any]:
+    """The arrays of all pictures by name, one after the other along their first axis."""
+    names = pictures[0] if pictures else ()
+    return {name: torch.from_numpy(np.concatenate([picture[name] for picture in pictures])) for name in names}
+
+
+@dataclass(frozen=True)
+class Vision:
+    """How a family's pictures enter its prompt and its model, as functions of their (width, height) and pixels.
+
+    `tokens` writes a picture out in `placeholder`s and what stands between them, beginning and ending with a token;
+    `patches` counts the vision tower's positions. `pixels` makes one picture's arrays, and `batch` the model's inputs
+    from all pictures of a pack in reading order. `positions`, where a family has more than one position a token,
+    gives (R, T) from which tokens are placeholders (T,) and the sample's pictures.
+    """
+
+    placeholder: Token
+    tokens: Callable[[Size], Runs]
+    patches: Callable[[Size], int]
+    pixels: Callable[[Picture], Pixels]
+    facts: str
+    """Names everything `tokens`, `patches` and `wrap` depend on, for the cache of lengths."""
+    wrap: Wrap = field(default_factory=Wrap)
+    batch: Callable[[Sequence[Pixels]], dict[str, Any]] = lay_end_to_end
+    positions: Callable[[np.ndarray, Sequence[Pixels]], np.ndarray] | None = None

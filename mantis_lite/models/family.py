@@ -1,0 +1,46 @@
+"""What is to be said of a kind of model, and which kinds there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..data.template import Template
+from ..data.vision import Vision
+from ..recipe import MediaRecipe, Part
+
+
+def as_it_is(model: PreTrainedModel) -> None:
+    """Nothing: the stock model reads the family's batch."""
+
+
+def sound(config: dict[str, Any]) -> None:
+    """Nothing: transformers reads the published config as it was meant."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that is particular to a kind of model; CONTRIBUTING.md says how to add one.
+
+    `templates` are those that prompt.template=auto chooses from. `parts` gives the modules of each part, in the names
+    of the loaded model; a part that is missing does not exist. `targets` are the linear layers that an adapter is laid
+    on by default, and `tower_layers` a regular expression, within the vision tower, of the layers whose output is read.
+    `vision` says how pictures enter. `splits` is whether media.image_splitting means anything to it, and `caps` the
+    names that media.max_image_size may take. `mend` corrects a published config.json, in place, that today's
+    transformers would misread, and says what it did. `adapt` makes a loaded model read what `Vision.batch` gives.
+    """
+
+    model_types: tuple[str, ...]
+    templates: tuple[Template, ...]
+    parts: Mapping[Part, tuple[str, ...]]
+    targets: Mapping[Part, tuple[str, ...]]
+    vision: Callable[[PreTrainedConfig, BaseImageProcessor, MediaRecipe, Collection[str]], Vision]
+    tower_layers: Callable[[PreTrainedConfig], str] = lambda config: ""
+    splits: bool = False
+    caps: Collection[str] = ()
+    mend: Callable[[dict[str, Any]], str | None] = sound
+    adapt: Callable[[PreTrainedModel], None] = as_it_is

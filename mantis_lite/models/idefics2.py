@@ -1,0 +1,134 @@
+"""Idefics2: a SigLIP tower that takes each picture in its own shape, a perceiver of 64 latents and a Mistral.
+
+Mantis-8B-Idefics2 and idefics2-8b (Laurençon et al. 2024, https://arxiv.org/abs/2405.02246).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as Picture
+from transformers import Idefics2Model, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..data.template import IDEFICS_2, Token, Wrap
+from ..data.vision import Pixels, Size, Vision
+from ..recipe import MediaRecipe
+from .family import Family
+
+FAKE, PLACEHOLDER = Token("<fake_token_around_image>"), Token("<image>")
+
+
+def vision(
+    config: PreTrainedConfig, processor: BaseImageProcessor, media: MediaRecipe, vocabulary: Collection[str]
+) -> Vision:
+    """How pictures enter: each in its own shape, its sides kept within the processor's bounds.
+
+    64 tokens behind a token that begins a picture, and the same token once behind the last of adjacent pictures.
+    `media.image_splitting` adds a picture's four quarters before it, so five times the tokens; upstream left it off.
+    """
+    patch, latents = config.vision_config.patch_size, config.perceiver_config.resampler_n_latents
+    splitting = bool(media.image_splitting)
+
+    def patches(size: Size) -> int:
+        grids = [_bounded(view, processor.size) for view in _views(size, splitting)]
+        return sum((width // patch) * (height // patch) for width, height in grids)
+
+    def pixels(picture: Picture) -> Pixels:
+        found = processor([[picture]], do_image_splitting=splitting, do_pad=False)["pixel_values"]
+        return {f"view {number}": np.asarray(view) for number, view in enumerate(found[0])}
+
+    def batch(pictures: Sequence[Pixels]) -> dict[str, Any]:
+        return {"pixel_values": by_shape([view for picture in pictures for view in picture.values()], patch)}
+
+    runs = ((FAKE, 1), (PLACEHOLDER, latents)) * (5 if splitting else 1)
+    return Vision(
+        placeholder=PLACEHOLDER,
+        wrap=Wrap(close=FAKE),
+        tokens=lambda size: runs,
+        patches=patches,
+        pixels=pixels,
+        batch=batch,
+        facts=f"idefics2 {latents} {patch} {splitting} {processor.size}",
+    )
+
+
+def by_shape(views: Sequence[np.ndarray], patch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pictures (3, H, W) of like shape together: for each shape the places (N,) and the pixels (N, 3, H', W').
+
+    The stock layout pads every picture of a batch to the largest one. Pictures keep their shapes here, so most of that
+    would be padding, and a mask over it keeps the tower's attention off the flash kernel. What is left over beyond
+    whole patches is cut, as the tower's convolution would.
+    """
+    places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place, view in enumerate(views):
+        places[tuple(side // patch * patch for side in view.shape[-2:])].append(place)
+    return [
+        (torch.tensor(members), torch.from_numpy(np.stack([views[at][:, :height, :width] for at in members])))
+        for (height, width), members in places.items()
+    ]
+
+
+def _read_by_shape(model: PreTrainedModel) -> None:
+    """Let a loaded model take what `by_shape` gives as its pixel_values, beside the stock layout."""
+    model.model.get_image_features = MethodType(_features, model.model)
+
+
+def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the tower and the connector make of pictures, a shape at a time; in reading order."""
+    if isinstance(pixel_values, torch.Tensor):
+        return Idefics2Model.get_image_features(self, pixel_values, *args, **kwargs)
+    places, found = [], []
+    for members, pictures in pixel_values:
+        pictures = pictures.to(self.dtype)
+        rows, columns = (side // self.vision_model.config.patch_size for side in pictures.shape[-2:])
+        whole = torch.ones(len(pictures), rows, columns, dtype=torch.bool, device=pictures.device)
+        hidden = self.vision_model(pixel_values=pictures, patch_attention_mask=whole).last_hidden_state
+        found.append(self.connector(hidden, attention_mask=whole.flatten(1)))
+        places.append(members)
+    return BaseModelOutputWithPooling(pooler_output=list(torch.cat(found)[torch.cat(places).argsort()]))
+
+
+def _views(size: Size, splitting: bool) -> list[Size]:
+    """The sizes of a picture's quarters, where it is split, and its own."""
+    width, height = size
+    if not splitting:
+        return [size]
+    left, top = width // 2, height // 2
+    return [(left, top), (width - left, top), (left, height - top), (width - left, height - top), size]
+
+
+def _bounded(size: Size, bounds: Any) -> Size:
+    """A size as the processor makes it: the longest side bounded, then each side brought up to the least."""
+    width, height = size
+    ratio, longest = width / height, bounds["longest_edge"]
+    if width >= height and width > longest:
+        width, height = longest, int(longest / ratio)
+    elif height > width and height > longest:
+        width, height = int(longest * ratio), longest
+    return max(width, bounds["shortest_edge"]), max(height, bounds["shortest_edge"])
+
+
+IDEFICS2 = Family(
+    model_types=("idefics2",),
+    templates=(IDEFICS_2,),
+    parts={
+        "language_model": ("model.text_model",),
+        "projector": ("model.connector",),
+        "vision_tower": ("model.vision_model",),
+    },
+    targets={
+        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "projector": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    },
+    vision=vision,
+    splits=True,
+    adapt=_read_by_shape,
+)

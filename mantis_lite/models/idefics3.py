@@ -1,0 +1,119 @@
+"""Idefics3 and SmolVLM: pictures in tiles and a whole view, each tile 16 (or 9, ...) patches to a token.
+
+Idefics3-8B-Llama3 (Laurençon et al. 2024, https://arxiv.org/abs/2408.12637), which upstream trains too, and SmolVLM
+(Marafioti et al. 2025, https://arxiv.org/abs/2504.05299).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from math import ceil
+from typing import Any
+
+from PIL.Image import Image as Picture
+from transformers import PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..data.template import IDEFICS_3, SMOLVLM, Token
+from ..data.vision import Pixels, Size, Vision, lay_end_to_end
+from ..recipe import MediaRecipe
+from .family import Family
+
+FAKE, PLACEHOLDER, WHOLE = Token("<fake_token_around_image>"), Token("<image>"), Token("<global-img>")
+LIMIT = 4096  # px: the processors' own bound, whatever their settings
+
+
+def vision(
+    config: PreTrainedConfig, processor: BaseImageProcessor, media: MediaRecipe, vocabulary: Collection[str]
+) -> Vision:
+    """How pictures enter: scaled to the longest side, cut into tiles, with a view of the whole behind them.
+
+    `media.max_image_size` is the longest side before tiling, and so the dial of tokens. Without
+    `media.image_splitting` a picture is one view; left out, the checkpoint's own setting holds.
+    """
+    tile = processor.max_image_size["longest_edge"]
+    longest = int(media.max_image_size or processor.size["longest_edge"])
+    splitting = processor.do_image_splitting if media.image_splitting is None else media.image_splitting
+    tower = config.vision_config
+    positions = (tower.image_size // tower.patch_size) ** 2
+    each = positions // config.scale_factor**2
+
+    def tokens(size: Size) -> Any:
+        columns, rows = _tiles(size, longest, tile) if splitting else (0, 0)
+        view = ((FAKE, 1), (WHOLE, 1), (PLACEHOLDER, each), (FAKE, 1))
+        if not rows:
+            return view
+        runs: list[tuple[str, int]] = []
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                runs += [(FAKE, 1), (Token(f"<row_{row}_col_{column}>"), 1), (PLACEHOLDER, each)]
+            runs.append(("\n" if row < rows else "\n\n", 1))
+        return (*runs, *view)
+
+    def patches(size: Size) -> int:
+        columns, rows = _tiles(size, longest, tile) if splitting else (0, 0)
+        return (columns * rows + 1) * positions
+
+    def pixels(picture: Picture) -> Pixels:
+        made = processor([[picture]], do_image_splitting=splitting, size={"longest_edge": longest}, return_tensors="np")
+        return {"pixel_values": made["pixel_values"][0]}
+
+    def batch(pictures: Sequence[Pixels]) -> dict[str, Any]:
+        return {"pixel_values": lay_end_to_end(pictures)["pixel_values"][None]}
+
+    return Vision(
+        placeholder=PLACEHOLDER,
+        tokens=tokens,
+        patches=patches,
+        pixels=pixels,
+        batch=batch,
+        facts=f"idefics3 {each} {positions} {tile} {longest} {splitting}",
+    )
+
+
+def _tiles(size: Size, longest: int, tile: int) -> Size:
+    """Columns and rows of tiles of a picture, by the processors' arithmetic; none where it is a single view."""
+    width, height = size
+    ratio = width / height
+    if width >= height:
+        width, height = longest, int(longest / ratio)
+        height += height % 2
+    else:
+        width, height = int(longest * ratio), longest
+        width += width % 2
+    width, height = _below(max(width, 1), max(height, 1))
+    ratio = width / height
+    if width >= height:
+        width = ceil(width / tile) * tile
+        height = ceil(int(width / ratio) / tile) * tile
+    else:
+        height = ceil(height / tile) * tile
+        width = ceil(int(height * ratio) / tile) * tile
+    return (width // tile, height // tile) if width > tile or height > tile else (0, 0)
+
+
+def _below(width: int, height: int) -> Size:
+    ratio = width / height
+    if width >= height and width > LIMIT:
+        width, height = LIMIT, int(LIMIT / ratio)
+    elif height > width and height > LIMIT:
+        width, height = int(LIMIT * ratio), LIMIT
+    return max(width, 1), max(height, 1)
+
+
+IDEFICS3 = Family(
+    model_types=("idefics3", "smolvlm"),
+    templates=(IDEFICS_3, SMOLVLM),
+    parts={
+        "language_model": ("model.text_model",),
+        "projector": ("model.connector",),
+        "vision_tower": ("model.vision_model",),
+    },
+    targets={
+        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "projector": ("proj",),
+        "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    },
+    vision=vision,
+    splits=True,
+)

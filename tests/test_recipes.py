@@ -1,0 +1,107 @@
+"""The chat recipes: one for each family and method; each says how it is run, what it permits and what upstream does."""
+
+import re
+import shlex
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mantis_lite.recipe import DEFAULTS, Recipe, load_recipe, recipes_dir
+
+FAMILIES = (
+    "siglip-llama3",
+    "clip-llama3",
+    "idefics2",
+    "fuyu",
+    "idefics3",
+    "smolvlm",
+    "qwen2vl",
+    "qwen25vl",
+    "qwen3vl",
+)
+METHODS = ("qlora", "lora", "full")
+CHAT = sorted(recipes_dir().glob("chat-*.yaml"))
+INSTEAD = re.compile(r"( *)# (upstream|alternative): (\w+): .*")
+
+
+def instead(text: str, number: int) -> str:
+    """The recipe with the comment on a line in force, in place of its key and all below it."""
+    lines = text.splitlines()
+    match = INSTEAD.fullmatch(lines[number])
+    assert match
+    indent, source, key = match.groups()
+    lines[number] = lines[number].replace(f"# {source}: ", "", 1)
+    kept, inside = [], False
+    for at, line in enumerate(lines):
+        deeper = line.startswith(indent + " ")
+        inside = at != number and (line.startswith(f"{indent}{key}:") or (inside and deeper))
+        kept += [] if inside else [line]
+    return "\n".join(kept) + "\n"
+
+
+def comments(text: str, source: str = r"upstream|alternative") -> list[int]:
+    """The numbers of the lines that hold what may stand in a key's place."""
+    return [at for at, line in enumerate(text.splitlines()) if re.match(rf" *# ({source}): ", line)]
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "chat.yaml"
+    path.write_text(text)
+    return load_recipe(path, ["data=x"])
+
+
+def test_every_family_has_every_method():
+    assert {path.stem for path in CHAT} == {f"chat-{family}-{method}" for family, method in product(FAMILIES, METHODS)}
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_a_recipe_is_what_its_name_says(path):
+    recipe = load_recipe(path, ["data=x"])
+    assert path.stem.startswith(f"{recipe.task}-") and path.stem.endswith(f"-{recipe.method}")
+    others = [other.read_text().splitlines()[0] for other in CHAT if other != path]
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and first.endswith(".") and first not in others
+    assert recipe.model.name.partition("/")[2] in first
+    assert (recipe.method == "full") == ("lora:" not in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_its_commands_name_the_recipe_itself_and_load(path):
+    name = next((task for task, default in DEFAULTS.items() if default == path.stem), path.stem)
+    usage = re.findall(r"^# +mantis-lite (.*)$", path.read_text(), re.M)
+    commands = [shlex.split(line.partition("   ")[0]) for line in usage]
+    assert [command[0] for command in commands] == ["check", "train", "train"]
+    for _, recipe, *overrides in commands:
+        assert recipe == name
+        load_recipe(recipe, overrides)
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_it_states_the_license_of_the_weights(path):
+    (line,) = re.findall(r"^# License of the weights: (.+)$", path.read_text(), re.M)
+    name, _, permits = line.partition(": ")
+    assert name and permits.endswith(".") and "://" not in line
+    assert ("not for commercial use" in permits) == ("NC" in name or "Research" in name)
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_each_comment_in_a_key_s_place_makes_another_recipe(path, tmp_path):
+    text = path.read_text()
+    before = load(tmp_path, text)
+    for number in comments(text):
+        assert load(tmp_path, instead(text, number)) != before, text.splitlines()[number]
+
+
+@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+def test_all_of_upstream_at_once_loads(path, tmp_path):
+    text = path.read_text()
+    while numbers := comments(text, "upstream"):
+        text = instead(text, numbers[0])
+    load(tmp_path, text)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_adapters_learn_faster_than_a_full_fine_tune(kind):
+    rates = {method: load_recipe(f"chat-{kind}-{method}", ["data=x"]).train["learning_rate"] for method in METHODS}
+    assert rates["qlora"] == rates["lora"] >= 10 * rates["full"]
