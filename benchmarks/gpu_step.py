@@ -1,9 +1,10 @@
-"""Training steps of a model of Mantis-8B-siglip-llama3's size on one GPU: tokens a second and peak memory.
+"""Training steps of a model of Mantis' size on one GPU: tokens a second and peak memory.
 
-    python -m benchmarks.gpu_step [--out FOLDER] [--layers 32] [--steps 6]
+    python -m benchmarks.gpu_step [llava | idefics2] [--out FOLDER] [--layers 32] [--steps 8]
 
-Weights are random, in the published shapes; rows are seeded text with seeded pictures, 2-6 a row, as in Mantis'
-chat examples. Every case runs in a process of its own through the package's own training.
+Weights are random, in the shapes of Mantis-8B-siglip-llama3 or Mantis-8B-Idefics2; rows are seeded text with seeded
+pictures, 2-6 a row, as in Mantis' chat examples. Every case runs in a process of its own through the package's own
+training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,15 +29,47 @@ from mantis_lite import tiny
 from . import results
 
 CASES = {
-    "qlora, packs of 8192": ["method=qlora"],
-    "qlora, packs of 8192, sdpa with a T x T mask": ["method=qlora", "memory.attention=sdpa"],
-    "qlora, one sample a row": ["method=qlora", "packing=off"],
-    "qlora, packs of 5120": ["method=qlora", "packing.max_length=5120"],
-    "lora bf16, packs of 8192": ["method=lora"],
+    "llava": {
+        "qlora, packs of 8192": ["method=qlora"],
+        "qlora, packs of 8192, sdpa with a T x T mask": ["method=qlora", "memory.attention=sdpa"],
+        "qlora, one sample a row": ["method=qlora", "packing=off"],
+        "qlora, packs of 5376": ["method=qlora", "packing.max_length=5376"],
+        "lora bf16, packs of 8192": ["method=lora"],
+    },
+    "idefics2": {
+        "qlora, packs of 8192": ["method=qlora"],
+        "qlora, packs of 8192, pictures padded": ["method=qlora"],
+        "qlora, one sample a row": ["method=qlora", "packing=off"],
+    },
 }
+PADDED = "pictures padded"
+"""Ends the name of a case in which pictures are laid out as transformers' processor does."""
 
 
-def make_checkpoint(folder: Path, layers: int, base: Path) -> None:
+def make_idefics2(folder: Path, layers: int, base: Path) -> None:
+    """Save random weights in the shapes of Mantis-8B-Idefics2, with the tokenizer of `base` and Idefics2's tokens."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import Idefics2ForConditionalGeneration
+
+    from .gpu_vision import published_config
+
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"])
+    config = published_config(layers, 32003, tokenizer.token_to_id("<image>"))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Idefics2ForConditionalGeneration(config)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    torch.set_default_dtype(torch.float32)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<s>", "eos_token": "<end_of_utterance>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    processor = {"image_processor_type": "Idefics2ImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def make_llava(folder: Path, layers: int, base: Path) -> None:
     """Save random weights in the shapes of Mantis-8B-siglip-llama3, with the tokenizer of `base`."""
     import torch
     from transformers import AutoImageProcessor, LlavaConfig, LlavaForConditionalGeneration
@@ -64,9 +101,10 @@ def make_data(folder: Path, rows: int) -> Path:
     """Write chat rows of 2-6 pictures and about 600 tokens of text."""
     random = np.random.default_rng(0)
     folder.mkdir()
+    shapes = [(640, 480), (480, 640), (1024, 683), (683, 1024), (500, 375), (800, 800)]
     for picture in range(12):
         noise = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((640, 480)).save(folder / f"{picture}.jpg")
+        Image.fromarray(noise).resize(shapes[picture % len(shapes)]).save(folder / f"{picture}.jpg")
     words = ["red", "circle", "image", "which", "square", "the", "shows", "is", "and", "two"]
     lines = []
     for _ in range(rows):
@@ -81,11 +119,19 @@ def make_data(folder: Path, rows: int) -> Path:
     return path
 
 
-def measure(model: Path, data: Path, steps: int, overrides: list[str]) -> dict[str, float]:
+def padded(pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Idefics2's pictures in transformers' layout: all as large as the largest, and a mask."""
+    from .gpu_vision import pad
+
+    return pad([view for picture in pictures for view in picture.values()])
+
+
+def measure(model: Path, data: Path, steps: int, case: str, overrides: list[str]) -> dict[str, float]:
     """Train `steps` optimizer steps of one pack each; the first two warm up and are left out of the times."""
     import torch
     from transformers import TrainerCallback
 
+    from mantis_lite.data.dataset import collate_packs
     from mantis_lite.recipe import load_recipe
     from mantis_lite.training.run import start
 
@@ -105,13 +151,16 @@ def measure(model: Path, data: Path, steps: int, overrides: list[str]) -> dict[s
         ]
         begun = time.perf_counter()
         run = start(load_recipe("chat", [*settings, *step, *overrides]), [Clock()])
+        if case.endswith(PADDED):
+            vision = replace(run.encoder.vision, batch=padded)
+            run.trainer.data_collator = partial(collate_packs, vision=vision)
         loaded = time.perf_counter() - begun
         weights = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run.train()
     warm = 2
     packs = run.schedule.packs[warm:]
-    tokens = sum(int(run.prepared.train.lengths[pack, 0].sum()) for pack in packs)
+    tokens, patches = (sum(int(run.prepared.train.lengths[pack, at].sum()) for pack in packs) for at in (0, 1))
     times = np.diff(ends)[warm - 1 :]
     return {
         "tokens_per_second": round(tokens / times.sum()),
@@ -120,6 +169,7 @@ def measure(model: Path, data: Path, steps: int, overrides: list[str]) -> dict[s
         "step_seconds_min": round(float(times.min()), 4),
         "step_seconds_max": round(float(times.max()), 4),
         "tokens_per_step": round(tokens / len(packs)),
+        "patches_per_step": round(patches / len(packs)),
         "weights_gib": round(weights / 2**30, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "load_seconds": round(loaded, 1),
@@ -129,6 +179,7 @@ def measure(model: Path, data: Path, steps: int, overrides: list[str]) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", nargs="?", default="llava", choices=list(CASES))
     parser.add_argument("--out", type=Path, default=results.FOLDER)
     parser.add_argument("--base", type=Path, default=tiny.CHECKPOINT, help="whose tokenizer and processor to take")
     parser.add_argument("--layers", type=int, default=32)
@@ -137,18 +188,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.case:
         model, data, case = args.case
-        print(json.dumps(measure(Path(model), Path(data), args.steps, CASES[case])))
+        print(json.dumps(measure(Path(model), Path(data), args.steps, case, CASES[args.family][case])))
         return
-    figures = {}
+    figures, make = {}, {"llava": make_llava, "idefics2": make_idefics2}[args.family]
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder) / "model", args.layers, args.base)
+        make(Path(folder) / "model", args.layers, args.base)
         data = make_data(Path(folder) / "data", 200)
-        for case in CASES:
-            command = [sys.executable, "-m", "benchmarks.gpu_step", "--steps", str(args.steps), "--case"]
+        for case in CASES[args.family]:
+            command = [sys.executable, "-m", "benchmarks.gpu_step", args.family, "--steps", str(args.steps), "--case"]
             done = subprocess.run([*command, f"{folder}/model", str(data), case], capture_output=True, text=True)
             figures[case] = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else done.stderr[-2000:]
             print(case, figures[case], flush=True)
-            results.write("gpu_step", figures, args.out)
+            results.write(f"gpu_step_{args.family}", figures, args.out)
 
 
 if __name__ == "__main__":

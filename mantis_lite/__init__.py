@@ -18,10 +18,16 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "train"]
 
 
-def train(recipe: Recipe | str | Path, overrides: Iterable[str] = (), from_scratch: bool = False) -> Path:
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Iterable[str] = (),
+    from_scratch: bool = False,
+    import_upstream: bool = False,
+) -> Path:
     """Train a recipe, or the one of a name with `key=value` overrides; returns the folder of what was trained.
 
-    Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
+    `from_scratch` moves an old run aside; `import_upstream` allows the pickles of a `model.adapter` that the original
+    Mantis code wrote. Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
     """
     from .training import run  # torch is imported when it is needed
 
@@ -30,5 +36,6 @@ def train(recipe: Recipe | str | Path, overrides: Iterable[str] = (), from_scrat
             raise RecipeError(
                 "train: overrides beside a Recipe\n  Give them to load_recipe, or the recipe by its name."
             )
-        return run.train(recipe, from_scratch=from_scratch)
-    return run.train(load_recipe(recipe, overrides), from_scratch=from_scratch)
+    else:
+        recipe = load_recipe(recipe, overrides)
+    return run.train(recipe, from_scratch=from_scratch, import_upstream=import_upstream)

@@ -29,11 +29,20 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or YAML fil
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dots for nesting: data=my.json packing.max_length=4096")
 ]
+ImportUpstream = Annotated[
+    bool,
+    typer.Option("--import-upstream", help="Read the pickles of a model.adapter trained by the original Mantis."),
+]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Move an old run in run_dir aside first.")]
 
 
 @app.command("train")
-def train_command(recipe: RecipeArgument, overrides: Overrides = None, from_scratch: FromScratch = False) -> None:
+def train_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    from_scratch: FromScratch = False,
+    import_upstream: ImportUpstream = False,
+) -> None:
     """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to resume."""
     from .recipe import load_recipe
 
@@ -43,7 +52,7 @@ def train_command(recipe: RecipeArgument, overrides: Overrides = None, from_scra
     from .training.run import start
 
     with ProgressBar() as bar:
-        run = start(loaded, [bar], from_scratch)
+        run = start(loaded, [bar], from_scratch, import_upstream)
         _show_start(run)
         saved = run.train()
     typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
@@ -148,6 +157,8 @@ def _show_start(run: Run) -> None:
         table.add_row(part, f"{parameters:,}", f"{trainable:,}")
     console = Console(highlight=False)
     console.print(table)
+    for notice in run.notices:
+        typer.echo(f"notice: {notice}")
     _show_rows(run.prepared)
     plan = run.schedule
     console.print(
@@ -171,6 +182,8 @@ def _show_check(found: Check) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
+    if found.notice:
+        typer.echo(f"notice: {found.notice}")
     _show_rows(found.prepared)
     for reject in found.prepared.rejects[:10]:
         console.print(f"  rejected {reject}", markup=False)

@@ -77,6 +77,7 @@ class Section(BaseModel):
 class ModelRecipe(Section):
     name: str
     revision: str | None = None
+    adapter: str | None = None
 
 
 class SourceRecipe(Section):
@@ -442,6 +443,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
     if set(recipe.parts.values()) == {"frozen"}:
         yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
+    if recipe.method == "full" and recipe.model.adapter:
+        yield "model.adapter: has no effect with method=full\n  Set method=lora, or merge the adapter into its base."
     changed = [key for key in LoraRecipe.model_fields if getattr(recipe.lora, key) != getattr(LoraRecipe(), key)]
     if recipe.method == "full" and changed:
         key = changed[0]

@@ -95,8 +95,9 @@ def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
-def recipe(model: str | Path = "unused", **settings) -> Recipe:
-    return make_recipe({"model": str(model), "data": "unused.json", "run_dir": "unused", "method": "lora"} | settings)
+def recipe(model: str | Path | dict = "unused", **settings) -> Recipe:
+    model = model if isinstance(model, dict) else str(model)
+    return make_recipe({"model": model, "data": "unused.json", "run_dir": "unused", "method": "lora"} | settings)
 
 
 SHAPES = [(40, 30), (30, 40), (64, 20), (90, 60), (17, 70), (56, 56)]

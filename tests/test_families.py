@@ -286,7 +286,7 @@ def test_every_trained_part_moves_and_no_other(checkpoint_of, encoder_of, family
 
 def test_a_part_that_a_family_lacks(checkpoint_of):
     with pytest.raises(RecipeError, match=r"trainable.vision_tower: fuyu has none\n  Leave it out"):
-        trainable(checkpoint_of("fuyu"), trainable={"vision_tower": "adapter"})
+        checkpoint_of("fuyu").encoder(recipe(trainable={"vision_tower": "adapter"}))
 
 
 def test_only_the_language_model_is_in_4_bits(checkpoint_of, family, encoder_of):

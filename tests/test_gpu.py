@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers import chat, tiny_llava, write_rows
+from accelerate.utils import recursively_apply, send_to_device
+from helpers import chat, recipe, write_rows
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
-from mantis_lite.models.attention import segment_attention, use_attention
-from mantis_lite.models.checkpoint import open_checkpoint
+from mantis_lite.models.attention import segment_attention
+from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training.run import start
 
@@ -21,8 +22,9 @@ pytestmark = [
 LENGTHS = [5, 130, 1, 64]
 
 
+@pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("kv_heads", [2, 8])
-def test_varlen_kernel_equals_a_call_a_segment(kv_heads):
+def test_varlen_kernel_equals_a_call_a_segment(kv_heads, window):
     ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device="cuda")
     torch.manual_seed(0)
     shapes = [(1, 8, sum(LENGTHS), 64), (1, kv_heads, sum(LENGTHS), 64), (1, kv_heads, sum(LENGTHS), 64)]
@@ -30,7 +32,7 @@ def test_varlen_kernel_equals_a_call_a_segment(kv_heads):
     exact = [x.detach().double().requires_grad_() for x in packed]
     wanted = torch.randn(1, sum(LENGTHS), 8, 64, device="cuda")
     for inputs in (packed, exact):
-        out, _ = segment_attention(None, *inputs, None, cu_seq_lens_q=ends, max_length_q=max(LENGTHS))
+        out, _ = segment_attention(None, *inputs, None, None, 0.0, ends, max(LENGTHS), window)
         (out.float() * wanted).sum().backward()
         if inputs is packed:
             fast = out
@@ -39,17 +41,16 @@ def test_varlen_kernel_equals_a_call_a_segment(kv_heads):
         assert (a.grad - b.grad).norm() < 0.02 * b.grad.norm()
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-def test_packed_equals_separate(llava_folder, tmp_path, dtype, bound):
-    recipe = make_recipe({"model": str(llava_folder), "data": "-", "run_dir": str(tmp_path), "method": "lora"})
-    encoder = open_checkpoint(recipe.model).encoder(recipe)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_packed_equals_separate(checkpoint_of, encoder_of, family, dtype, bound):
+    checkpoint, encoder = checkpoint_of(family), encoder_of(family)
     rows = [chat("a b c", "d e f", images=(1, 2)), chat("g", "h i j k"), chat("l m", "n", images=(3,))]
-    encoded = [encoder.encode(parse(row, "row", tmp_path)) for row in rows]
-    model = tiny_llava().to("cuda", dtype)
-    use_attention(model, "segment")
+    encoded = [encoder.encode(parse(row, "row", None)) for row in rows]
+    model = load_model(checkpoint, recipe(checkpoint.name)).to("cuda", dtype)
 
     def total(samples):
-        batch = {k: v.to("cuda") if torch.is_tensor(v) else v for k, v in collate(samples).items()}
+        batch = send_to_device(collate(samples, encoder.vision.batch), "cuda")
+        batch = recursively_apply(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
         return model(**batch, num_items_in_batch=1).loss
 
     together, apart = total(encoded), sum(total([sample]) for sample in encoded)
@@ -57,14 +58,14 @@ def test_packed_equals_separate(llava_folder, tmp_path, dtype, bound):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_training_lowers_the_loss(llava_folder, tmp_path, method):
+def test_training_lowers_the_loss(folder_of, family, tmp_path, method):
     rows = [chat(f"what is number {i}?", f"number {i} is red", images=(i,)) for i in range(24)]
     settings = {
-        "model": str(llava_folder),
+        "model": str(folder_of(family)),
         "data": write_rows(tmp_path / "rows.jsonl", rows),
         "run_dir": str(tmp_path / "run"),
         "method": method,
-        "packing": {"max_length": 256},
+        "packing": {"max_length": 400},
         "train": {"num_train_epochs": 8, "learning_rate": 3e-3, "samples_per_step": 8, "save_strategy": "no"},
     }
     run = start(make_recipe(settings))

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from accelerate.utils import recursively_apply
 from helpers import chat, recipe
 from torch.nn.functional import cosine_similarity
 
@@ -51,16 +52,9 @@ def samples_of(encoder, rows):
 
 
 def batch_of(encoder, samples, dtype=torch.float32):
-    return in_precision(collate(samples, encoder.vision.batch), dtype)
-
-
-def in_precision(value, dtype):
-    """A batch with its pixels in the model's precision, however a family lays them out."""
-    if isinstance(value, dict):
-        return {key: in_precision(item, dtype) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [in_precision(item, dtype) for item in value]
-    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+    """A pack, its pixels in the model's precision, however a family lays them out."""
+    batch = collate(samples, encoder.vision.batch)
+    return recursively_apply(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
 
 
 def with_attention(model, name: str, dtype=torch.float32):

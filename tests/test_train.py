@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import SHARED, chat, write_rows
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mantis_lite.errors import RecipeError, SampleError
@@ -115,6 +116,53 @@ def test_a_value_the_trainer_cannot_use_is_found_before_the_weights(settings, mo
     monkeypatch.setattr("mantis_lite.training.run.load_model", None)
     with pytest.raises(RecipeError, match="train: "):
         train(make_recipe(settings | {"train": settings["train"] | {"lr_scheduler_type": "cosin"}}))
+
+
+def test_an_adapter_is_trained_on_where_it_was_left(settings, tmp_path):
+    """Its weights and its own settings, whatever the recipe says of rank; a held-out loss is the same before a step."""
+    held_out = {"data": {"sources": settings["data"], "eval": settings["data"]}}
+    first = make_recipe(settings | held_out | {"lora": {"r": 4, "dora": True}, "trainable": {"projector": "full"}})
+    run = start(first)
+    folder = run.train()
+    again = {"model": {"name": settings["model"], "adapter": str(folder)}, "run_dir": str(tmp_path / "again")}
+    went_on = start(make_recipe(settings | held_out | again))
+    assert went_on.notices == [
+        f"going on with {folder} by its own settings: the recipe's lora and trainable are not used"
+    ]
+    assert went_on.trainer.model.peft_config["default"].r == 4
+    assert {size.part for size in went_on.sizes if size.trainable} == {"language_model", "projector"}
+    before, after = (made.trainer.evaluate()["eval_loss"] for made in (run, went_on))
+    assert after == pytest.approx(before, abs=1e-6)
+    went_on.train()
+    assert losses(tmp_path / "again")[-1] < losses(tmp_path / "run")[0] * 0.9
+
+
+def test_an_adapter_of_another_model_is_refused(settings, folder_of, tmp_path):
+    folder = train(make_recipe(settings))
+    other = {"model": {"name": str(folder_of("idefics2")), "adapter": str(folder)}, "run_dir": str(tmp_path / "other")}
+    with pytest.raises(RecipeError, match=rf"model.adapter: {folder} does not fit this idefics2: .*\n  Set model"):
+        start(make_recipe(settings | other))
+
+
+def test_an_adapter_with_a_tensor_too_many_or_too_few_is_refused(settings, tmp_path):
+    folder = train(make_recipe(settings))
+    file = folder / "adapter_model.safetensors"
+    tensors, again = load_file(file), {"model": {"name": settings["model"], "adapter": str(folder)}}
+    again = make_recipe(settings | again | {"run_dir": str(tmp_path / "again")})
+    name = next(iter(tensors))
+    save_file(tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()}, file)
+    with pytest.raises(
+        RecipeError, match=rf"model.adapter: 1 tensors of {folder} have no place in this llava, first .*9"
+    ):
+        start(again)
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(RecipeError, match=rf"model.adapter: 1 tensors of {folder} are missing for this llava, first "):
+        start(again)
+    with pytest.raises(RecipeError, match=r"model.adapter: has no effect with method=full"):
+        make_recipe(settings | {"model": {"name": "tiny", "adapter": "x"}, "method": "full"})
+    elsewhere = {"model": {"name": settings["model"], "adapter": "no/such"}, "run_dir": str(tmp_path / "elsewhere")}
+    with pytest.raises(RecipeError, match=r"model.adapter: no/such is not in the cache, and the hub cannot be reached"):
+        start(make_recipe(settings | elsewhere))
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

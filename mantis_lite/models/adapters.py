@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError
 from ..recipe import LoraRecipe, Part, Recipe, Training
+from .checkpoint import find_folder
 from .family import Family
+from .upstream import WHOLE, convert, is_upstream
 
 
 class PartSize(NamedTuple):
@@ -25,22 +29,53 @@ class PartSize(NamedTuple):
     trainable: int
 
 
-def make_trainable(model: PreTrainedModel, recipe: Recipe, family: Family) -> PreTrainedModel | PeftModel:
-    """Freeze, lay on adapters and unfreeze, as the recipe says part by part. Raises RecipeError."""
+def make_trainable(
+    model: PreTrainedModel, recipe: Recipe, family: Family, import_upstream: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Freeze, lay on adapters and unfreeze, as the recipe says part by part.
+
+    With `model.adapter` that adapter is what trains, by its own settings; `import_upstream` allows the pickles of the
+    original code to be read. Raises RecipeError.
+    """
     parts = {part: recipe.part(part) for part in family.parts}
-    if missing := [part for part in recipe.parts if part not in family.parts and getattr(recipe.trainable, part)]:
-        raise RecipeError(f"trainable.{missing[0]}: {model.config.model_type} has none\n  Leave it out.")
     towers = [model.get_submodule(path) for path in family.parts.get("vision_tower", ())]
     model.requires_grad_(False)
     if recipe.method == "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parts[part_of(name, family)] == "full")
+    elif recipe.model.adapter:
+        model = load_adapter(model, recipe.model.adapter, import_upstream)
     else:
         model = get_peft_model(model, lora_config(model, family, parts, recipe.lora, recipe.model.revision))
     for tower in towers:
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             _without_autograd(tower)
     return model
+
+
+def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = False) -> PeftModel:
+    """An adapter of a folder or the hub on its base, every tensor in its place; the original code's names too.
+
+    Raises RecipeError where a tensor is left over or missing: PEFT would go on with an adapter that is not there.
+    """
+    source = find_folder("model.adapter", name, None, ["adapter_*", WHOLE])
+    with TemporaryDirectory() as folder:
+        if is_upstream(source, model):
+            convert(source, Path(folder), model, import_upstream)
+            source = Path(folder)
+        config = PeftConfig.from_pretrained(source)
+        config.inference_mode = False
+        kind, remedy = model.config.model_type, f"Set model to its base, {config.base_model_name_or_path}."
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise RecipeError(f"model.adapter: {name} does not fit this {kind}: {error}\n  {remedy}") from None
+        found = adapted.load_adapter(source, "default", is_trainable=True)
+    for fault, keys in (("have no place in", found.unexpected_keys), ("are missing for", found.missing_keys)):
+        if keys:
+            first = f"first {keys[0]}"
+            raise RecipeError(f"model.adapter: {len(keys)} tensors of {name} {fault} this {kind}, {first}\n  {remedy}")
+    return adapted
 
 
 def lora_config(

@@ -73,15 +73,8 @@ class Checkpoint:
 
     def encoder(self, recipe: Recipe) -> Encoder:
         """The Encoder of this model under a recipe's prompt and media settings. Raises RecipeError."""
+        self._refuse_what_it_lacks(recipe)
         family, media = self.family, recipe.media
-        kind = self.config.model_type
-        if media.image_splitting is not None and not family.splits:
-            raise RecipeError(f"media.image_splitting: {kind} does not split pictures\n  Leave it out.")
-        if isinstance(media.max_image_size, str) and media.max_image_size not in family.caps:
-            raise RecipeError(
-                f"media.max_image_size: {media.max_image_size} is a size of Fuyu's, and this is {kind}\n"
-                "  Give the longest side in pixels."
-            )
         vocabulary = self.tokenizer.get_vocab()
         vision = family.vision(self.config, self.image_processor, media, vocabulary)
         large = [token for token, _ in vision.tokens((4096, 4096)) if isinstance(token, Token)]
@@ -99,10 +92,23 @@ class Checkpoint:
             max_image_size=None if isinstance(media.max_image_size, str) else media.max_image_size,
         )
 
+    def _refuse_what_it_lacks(self, recipe: Recipe) -> None:
+        family, media, kind = self.family, recipe.media, self.config.model_type
+        for part in recipe.parts:
+            if part not in family.parts and getattr(recipe.trainable, part):
+                raise RecipeError(f"trainable.{part}: {kind} has none\n  Leave it out.")
+        if media.image_splitting is not None and not family.splits:
+            raise RecipeError(f"media.image_splitting: {kind} does not split pictures\n  Leave it out.")
+        if isinstance(media.max_image_size, str) and media.max_image_size not in family.caps:
+            raise RecipeError(
+                f"media.max_image_size: {media.max_image_size} is a size of Fuyu's, and this is {kind}\n"
+                "  Give the longest side in pixels."
+            )
+
 
 def open_checkpoint(model: ModelRecipe) -> Checkpoint:
     """Read a checkpoint's small files; "tiny" is the model that comes with the package. Raises RecipeError."""
-    folder = _folder(model)
+    folder = tiny.CHECKPOINT if model.name == "tiny" else find_folder("model", model.name, model.revision, SMALL_FILES)
     published, family = _published(folder, model.name)
     notice = family.mend(published)
     config, tokenizer = AutoConfig.for_model(**published), _tokenizer(folder)
@@ -148,31 +154,29 @@ def _image_processor(folder: Path) -> BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
-def _folder(model: ModelRecipe) -> Path:
-    if model.name == "tiny":
-        return tiny.CHECKPOINT
-    if Path(model.name).is_dir():
-        return Path(model.name)
+def find_folder(key: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+    """A folder here, or the files of these patterns of one on the hub; `key` is the recipe's. Raises RecipeError."""
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise RecipeError(
-            f"model: {model.name} is gated on the hub\n  Accept its terms on its page, then `hf auth login`."
+            f"{key}: {name} is gated on the hub\n  Accept its terms on its page, then `hf auth login`."
         ) from None
     except RevisionNotFoundError:
         raise RecipeError(
-            f"model.revision: {model.name} has no revision {model.revision}\n"
-            "  Take one of its branches, tags or commits."
+            f"{key}.revision: {name} has no revision {revision}\n  Take one of its branches, tags or commits."
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise RecipeError(
-            f"model: {model.name} is neither a folder here nor a model on the hub\n"
+            f"{key}: {name} is neither a folder here nor a model on the hub\n"
             "  Check the spelling; a private model needs `hf auth login`."
         ) from None
     except LocalEntryNotFoundError:
         raise RecipeError(
-            f"model: {model.name} is not in the cache, and the hub cannot be reached\n"
-            "  Connect, or set model to a folder with the checkpoint."
+            f"{key}: {name} is not in the cache, and the hub cannot be reached\n"
+            f"  Connect, or set {key} to a folder with the checkpoint."
         ) from None
 
 

@@ -92,7 +92,7 @@ def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any)
         hidden = self.vision_model(pixel_values=pictures, patch_attention_mask=whole).last_hidden_state
         found.append(self.connector(hidden, attention_mask=whole.flatten(1)))
         places.append(members)
-    return BaseModelOutputWithPooling(pooler_output=list(torch.cat(found)[torch.cat(places).argsort()]))
+    return BaseModelOutputWithPooling(pooler_output=torch.cat(found)[torch.cat(places).argsort()])
 
 
 def _views(size: Size, splitting: bool) -> list[Size]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from math import ceil
+from types import MethodType
 from typing import Any
 
+import torch
 from PIL.Image import Image as Picture
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import IDEFICS_3, SMOLVLM, Token
@@ -101,6 +103,18 @@ def _below(width: int, height: int) -> Size:
     return max(width, 1), max(height, 1)
 
 
+def _merge_in_one_precision(model: PreTrainedModel) -> None:
+    """transformers before 5.23 refuses to put SmolVLM's 16-bit features between words of 32 bits."""
+    if hasattr(model.model, "inputs_merger"):
+        model.model.inputs_merger = MethodType(_merged, model.model)
+
+
+def _merged(
+    self: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_hidden_states: torch.Tensor
+) -> torch.Tensor:
+    return type(self).inputs_merger(self, input_ids, inputs_embeds, image_hidden_states.to(inputs_embeds.dtype))
+
+
 IDEFICS3 = Family(
     model_types=("idefics3", "smolvlm"),
     templates=(IDEFICS_3, SMOLVLM),
@@ -116,4 +130,5 @@ IDEFICS3 = Family(
     },
     vision=vision,
     splits=True,
+    adapt=_merge_in_one_precision,
 )

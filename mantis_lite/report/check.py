@@ -37,6 +37,7 @@ class Check:
     """Rows read and rejected, lengths, packs and steps, and one sample as the model gets it."""
 
     prepared: Prepared
+    notice: str | None
     schedule: Schedule
     template: str
     tokens: Spread
@@ -51,7 +52,8 @@ class Check:
 
 def check(recipe: Recipe) -> Check:
     """Read, measure and pack a recipe's data. Raises RecipeError, DataError, SampleError and FitError."""
-    encoder = open_checkpoint(recipe.model).encoder(recipe)
+    checkpoint = open_checkpoint(recipe.model)
+    encoder = checkpoint.encoder(recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder)
     packs = schedule(prepared.train, recipe.packing, recipe.train)
     samples = prepared.train
@@ -61,6 +63,7 @@ def check(recipe: Recipe) -> Check:
     longest = recipe.packing.max_length if recipe.packing.enabled else int(samples.lengths[:, 0].max())
     return Check(
         prepared=prepared,
+        notice=checkpoint.notice,
         schedule=packs,
         template=encoder.template.name,
         tokens=_spread(samples.lengths[:, 0]),

@@ -39,6 +39,14 @@ class Run:
     trainer: SFTTrainer
 
     @property
+    def notices(self) -> list[str]:
+        """What a user should know of the model before it trains."""
+        notices = [self.checkpoint.notice] if self.checkpoint.notice else []
+        if adapter := self.recipe.model.adapter:
+            notices.append(f"going on with {adapter} by its own settings: the recipe's lora and trainable are not used")
+        return notices
+
+    @property
     def sizes(self) -> list[PartSize]:
         return part_sizes(self.trainer.model, self.checkpoint.family)
 
@@ -59,8 +67,15 @@ class Run:
         return folder
 
 
-def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratch: bool = False) -> Run:
-    """Read and plan the data, then load the model; `from_scratch` moves an old run aside.
+def start(
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    from_scratch: bool = False,
+    import_upstream: bool = False,
+) -> Run:
+    """Read and plan the data, then load the model.
+
+    `from_scratch` moves an old run aside; `import_upstream` allows the pickles of an adapter of the original code.
 
     Raises RecipeError, DataError, SampleError and FitError before any weight is loaded.
     """
@@ -75,7 +90,7 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
     arguments = _arguments(recipe, packs, prepared.held_out is not None)
     set_seed(arguments.seed)  # the trainer's own comes too late for an adapter's first values
-    model = make_trainable(load_model(checkpoint, recipe), recipe, checkpoint.family)
+    model = make_trainable(load_model(checkpoint, recipe), recipe, checkpoint.family, import_upstream)
     trainer = _trainer(recipe, arguments, checkpoint, encoder, prepared, packs, model)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
@@ -88,9 +103,14 @@ def start(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratc
     return Run(recipe, checkpoint, encoder, prepared, packs, trainer)
 
 
-def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), from_scratch: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    from_scratch: bool = False,
+    import_upstream: bool = False,
+) -> Path:
     """Train a recipe; returns the folder of the adapter, or of the model where the method is full."""
-    return start(recipe, callbacks, from_scratch).train()
+    return start(recipe, callbacks, from_scratch, import_upstream).train()
 
 
 class _Trainer(SFTTrainer):
