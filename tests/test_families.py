@@ -28,6 +28,7 @@ from mantis_lite.generate import answer
 from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
 from mantis_lite.models.attention import use_attention
 from mantis_lite.models.load import load_model
+from mantis_lite.report.check import render_tokens
 
 ROW = chat("What is <image> beside <image><image>?", "small red circle", images=(1, 2, 3))
 TEXT = chat("Only words.", "No picture")
@@ -133,6 +134,41 @@ def test_pictures_of_one_shape_go_through_the_tower_together(encoder_of):
     batch = batch_of(encoder_of("idefics2"), chat("x", "y", images=(0, 3, 2, 6, 3)))
     groups = {tuple(views.shape[2:]): members.tolist() for members, views in batch["pixel_values"]}
     assert groups == {(28, 28): [0, 3], (56, 84): [1, 4], (28, 56): [2]}
+
+
+def test_no_more_patches_at_a_time_than_a_bound(monkeypatch, encoder_of, model_of):
+    model, encoder, row = model_of("idefics2"), encoder_of("idefics2"), chat("x", "y", images=tuple(range(12)))
+    together = batch_of(encoder, row)
+    monkeypatch.setattr("mantis_lite.models.idefics2.TOWER_PATCHES", 9)
+    apart = batch_of(encoder, row)
+    for members, views in apart["pixel_values"]:
+        assert len(members) == 1 or len(views) * (views.shape[2] // 14) * (views.shape[3] // 14) <= 9
+    assert len(apart["pixel_values"]) > len(together["pixel_values"])
+    torch.testing.assert_close(logits_of(model, apart), logits_of(model, together), rtol=0, atol=1e-5)
+
+
+def test_checkpointing_changes_no_gradient(checkpoint_of, encoder_of, family):
+    checkpoint, gradients = checkpoint_of(family), []
+    for checkpointing in (False, True):
+        model = trainable(checkpoint, method="full", trainable=dict.fromkeys(checkpoint.family.parts, "full")).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**batch_of(encoder_of(family), ROW, TEXT)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    without, with_it = gradients
+    assert without.keys() == with_it.keys()
+    for name, gradient in without.items():
+        torch.testing.assert_close(with_it[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sample_is_shown_with_a_mark_for_each_picture(encoder_of, family):
+    encoder = encoder_of(family)
+    encoded = encoder.encode(sample_of(ROW))
+    marks = [stretch.text for stretch in render_tokens(encoder, encoded) if stretch.text.startswith("[picture: ")]
+    assert marks == [f"[picture: {end - start} tokens]" for start, end in encoded.spans]
+    sizes = [PIL.Image.open(io.BytesIO(image["bytes"])).size for image in ROW["images"]]
+    for (start, end), size in zip(encoded.spans, sizes, strict=True):
+        assert encoded.input_ids[start:end].tolist() == encoder.picture_ids(size).tolist()
 
 
 def stock_batch(checkpoint, encoder, row) -> dict:

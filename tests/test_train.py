@@ -1,7 +1,6 @@
 """Training as a user runs it, on the real rows and to the end; what a run leaves behind."""
 
 import json
-import math
 import shutil
 import warnings
 from pathlib import Path
@@ -13,13 +12,26 @@ from helpers import SHARED, chat, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
+from mantis_lite.cli import app
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.recipe import load_recipe, make_recipe
 from mantis_lite.training.run import start, train
 
 REAL = SHARED / "data/mantis-examples/chat/train.json"
-GOLDEN = SHARED / "golden/checkpoints/mllava_siglip_llama3"
+GOLDEN = SHARED / "golden/checkpoints"
+EACH_FAMILY = [
+    ("chat-siglip-llama3-lora", "mllava_siglip_llama3", []),
+    ("chat-idefics2-lora", "idefics2", []),
+    ("chat-fuyu-lora", "mfuyu", ["media.max_image_size=null"]),
+    ("chat-idefics3-lora", "idefics3", ["media.max_image_size=56"]),
+    ("chat-smolvlm-lora", "smolvlm", []),
+    ("chat-qwen2vl-lora", "qwen2_vl", ["media.max_image_size=280"]),
+    ("chat-qwen25vl-lora", "qwen2_5_vl", ["media.max_image_size=280"]),
+    ("chat-qwen3vl-lora", "qwen3_vl", ["media.max_image_size=320"]),
+]
+"""A recipe, the golden checkpoint of its family or else the tiny one's name, and what a picture's tiny patches want."""
 
 
 class StopAt(TrainerCallback):
@@ -36,18 +48,22 @@ def losses(run_dir) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists() or not GOLDEN.exists(), reason="the real rows or golden checkpoints are absent")
-def test_the_real_chat_data_trains_end_to_end(tmp_path):
-    settings = [f"data={REAL}", f"model={GOLDEN}", "method=lora", f"run_dir={tmp_path / 'run'}"]
-    step = ["train.samples_per_step=12", "train.learning_rate=3e-3", "train.save_strategy=no"]
-    run = start(load_recipe("chat", settings + step))
-    samples = run.prepared.train
-    assert (run.prepared.rows_read, len(samples), len(run.prepared.rejects)) == (70, 70, 0)
-    assert sorted(index for pack in run.schedule.packs for index in pack) == list(range(70))
-    assert len(run.schedule.packs) <= math.ceil(samples.lengths[:, 0].sum() / 8192) + 2
-    run.train()
+@pytest.mark.skipif(not REAL.exists(), reason="the real rows are not beside this checkout")
+@pytest.mark.parametrize(
+    ("name", "model", "media"), EACH_FAMILY, ids=lambda value: value if str(value) == value else ""
+)
+def test_the_real_chat_data_trains_end_to_end(folder_of, tmp_path, name, model, media):
+    """The one-line command of a recipe, on a tiny checkpoint of its family."""
+    tiny = {"mllava_siglip_llama3": "llava", "mfuyu": "fuyu"}.get(model, model)
+    checkpoint = GOLDEN / model if (GOLDEN / model).exists() else folder_of(tiny)
+    settings = [f"data={REAL}", f"model={checkpoint}", f"run_dir={tmp_path / 'run'}", "train.save_strategy=no"]
+    step = ["train.samples_per_step=12", "train.learning_rate=3e-3"]
+    done = CliRunner().invoke(app, ["train", name, *settings, *step, *media])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "70 rows read, 70 to train on, 0 rejected, 0 dropped as larger than a pack" in done.output
     falling = losses(tmp_path / "run")
     assert falling[-1] < falling[0] - 0.05
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.fixture
@@ -178,6 +194,21 @@ def test_held_out_rows_are_evaluated_at_the_end_where_no_interval_is_given(setti
     train(make_recipe(settings | {"data": {"sources": settings["data"], "eval": 0.25}}))
     logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum("eval_loss" in log for log in logs) == 1
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics2", "qwen2_vl"])
+def test_tokens_are_counted_and_rows_held_out_whatever_the_layout(settings, folder_of, tmp_path, name):
+    """TRL counts one token for a pack of M-RoPE rows; Idefics2's pictures are a list of groups."""
+    held_out = {"sources": settings["data"], "eval": 0.25}
+    more = {"model": str(folder_of(name)), "data": held_out, "eval": {"every": 2}}
+    run = start(make_recipe(settings | more))
+    run.train()
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lengths = run.prepared.train.lengths[:, 0]
+    assert [log["num_tokens"] for log in logs if "num_tokens" in log][-1] == 2 * lengths.sum()
+    first = [lengths[pack].sum() for pack in run.schedule.packs[: run.schedule.accumulation]]
+    assert logs[0]["num_tokens"] == sum(first)
+    assert all(np.isfinite(log["eval_loss"]) for log in logs if "eval_loss" in log)
 
 
 def test_held_out_rows_are_evaluated(settings, tmp_path):

@@ -29,13 +29,15 @@ IGNORE = -100
 class Encoded:
     """One sample ready for a pack: input_ids (T,), labels (T,) with -100 off the loss, and its pictures' pixels.
 
-    positions (R, T) where the family has more than one position a token.
+    positions (R, T) where the family has more than one position a token; spans, the first token of each picture's and
+    the one behind its last.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     pixels: Sequence[Pixels] = ()
     positions: np.ndarray | None = None
+    spans: Sequence[tuple[int, int]] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -114,7 +116,7 @@ class Encoder:
     def nothing(self) -> Encoded:
         """Two tokens without loss: what a pack holds that has lost all its samples."""
         token_id = self.token_id(self.template.end)
-        return self._finish([token_id, token_id], [IGNORE, IGNORE], [])
+        return self._finish([token_id, token_id], [IGNORE, IGNORE], [], [])
 
     def token_id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
@@ -173,11 +175,13 @@ class Encoder:
         texts = [p.content for p in pieces if type(p.content) is str]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         shown = iter([self._picture_ids(sample, picture.size).tolist() for picture in pictures])
+        spans: list[tuple[int, int]] = []
         ids: list[int] = []
         labels: list[int] = []
         for content, loss_from in pieces:
             if isinstance(content, Image):
                 picture = next(shown)
+                spans.append((len(ids), len(ids) + len(picture)))
                 ids += picture
                 labels += [IGNORE] * len(picture)
             elif isinstance(content, Token):
@@ -189,15 +193,15 @@ class Encoder:
                 # A token that straddles the boundary carries the first letters of the answer, so it is trained.
                 ends = (end for _, end in encoding.offsets)
                 labels += [i if end > loss_from else IGNORE for i, end in zip(encoding.ids, ends, strict=True)]
-        return self._finish(ids, labels, [self.vision.pixels(picture) for picture in pictures])
+        return self._finish(ids, labels, [self.vision.pixels(picture) for picture in pictures], spans)
 
-    def _finish(self, ids: list[int], labels: list[int], pixels: list[Pixels]) -> Encoded:
+    def _finish(self, ids: list[int], labels: list[int], pixels: list[Pixels], spans: list[tuple[int, int]]) -> Encoded:
         labels[0] = IGNORE  # nothing predicts the first token, and in a pack the sample before must not
         input_ids = np.array(ids, dtype=np.int64)
         positions = None
         if self.vision.positions:
             positions = self.vision.positions(input_ids == self.token_id(self.vision.placeholder), pixels)
-        return Encoded(input_ids, np.array(labels, dtype=np.int64), pixels, positions)
+        return Encoded(input_ids, np.array(labels, dtype=np.int64), pixels, positions, spans)
 
 
 def _length(

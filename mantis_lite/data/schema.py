@@ -268,8 +268,9 @@ def _data_uri(uri: str, place: str) -> bytes:
 
 def _marks_as_text(row: Mapping[str, Any], turns: _Turns) -> tuple[str, ...]:
     """In a row without pictures or typed parts "<image>" is what someone wrote; turns it back into text and says so."""
-    typed = any(isinstance(value, list | tuple) for turn in _listed(row) for value in turn.values())
-    if typed or not any(None in parts for _, parts in turns):
+    if not any(None in parts for _, parts in turns):
+        return ()
+    if any(isinstance(value, list | tuple) for turn in _listed(row) for value in turn.values()):
         return ()
     for _, parts in turns:
         parts[:] = _merge(MARK if part is None else part for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -57,6 +58,20 @@ class Template:
     gap: str = ""
     blank_before_picture: bool = True
     marks: tuple[str, ...] = ()
+
+    @cached_property
+    def openings(self) -> dict[tuple[Role, bool], tuple[str, list[Piece], str]]:
+        """Headers by role and whether they carry loss: text, finished pieces, and text that the turn goes on from."""
+        return {(role, loss): self._opening(role, loss) for role in self.headers for loss in (False, True)}
+
+    def _opening(self, role: Role, loss: bool) -> tuple[str, list[Piece], str]:
+        parts = self.headers[role]
+        tokens = [at for at, part in enumerate(parts) if isinstance(part, Token)]
+        if not tokens:
+            return "", [], "".join(parts)
+        first, last = tokens[0], tokens[-1] + 1
+        finished = [Piece(part, 0 if loss else NEVER) for part in parts[first:last]]
+        return "".join(parts[:first]), finished, "".join(parts[last:])
 
     @property
     def end(self) -> Token:
@@ -193,14 +208,12 @@ def _turns(sample: Sample, template: Template, system: str | None, labels: Label
     for number, turn in enumerate(turns):
         answer = turn.role == "assistant"
         header_loss = answer and labels == "upstream"
-        if number:
-            pieces.add_text(template.gap, header_loss)
-        *header, last = template.headers[turn.role] or ("",)
-        for part in header:
-            pieces.add(part, header_loss)
-        before_picture = bool(turn.content) and isinstance(turn.content[0], Image)
-        trim = before_picture and not template.blank_before_picture
-        pieces.add(last.rstrip(" ") if trim else last, header_loss)
+        lead, finished, text = template.openings[turn.role, header_loss]
+        pieces.add_text(template.gap + lead if number else lead, header_loss)
+        pieces.extend(finished)
+        if not template.blank_before_picture and turn.content and isinstance(turn.content[0], Image):
+            text = text.rstrip(" ")
+        pieces.add_text(text, header_loss)
         for content in turn.content:
             pieces.add(content, answer)
         for part in template.ends[turn.role]:
@@ -218,6 +231,7 @@ class _Pieces:
         self.text, self.loss_from = "", NEVER
         self.chunk = wrap.chunk if pictures else None
         self.begins = True  # whether a stretch of text begins here, after a picture or at the start
+        self.plain = not (wrap.close or self.chunk)
 
     def add(self, part: str | Token | Image, loss: bool) -> None:
         if isinstance(part, Image):
@@ -232,6 +246,16 @@ class _Pieces:
             self._append(part, 0 if loss else NEVER)
         else:
             self.add_text(part, loss)
+
+    def extend(self, finished: list[Piece]) -> None:
+        """Add pieces that stand between tokens, and so need no joining."""
+        if finished:
+            self._flush()
+            if self.plain:
+                self.pieces += finished
+            else:
+                for piece in finished:
+                    self._append(*piece)
 
     def add_text(self, text: str, loss: bool) -> None:
         if loss and self.loss_from == NEVER:
@@ -249,7 +273,10 @@ class _Pieces:
             self._append(self.text, self.loss_from)
         self.text, self.loss_from = "", NEVER
 
-    def _append(self, content: str | Token, loss_from: int) -> None:
+    def _append(self, content: str | Token | Image, loss_from: int) -> None:
+        if self.plain:
+            self.pieces.append(Piece(content, loss_from))
+            return
         if self.wrap.close and self.pieces and isinstance(self.pieces[-1].content, Image):
             self.pieces.append(Piece(self.wrap.close, NEVER))
         if self.chunk and self.begins:

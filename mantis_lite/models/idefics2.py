@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image as Picture
+from torch.utils.checkpoint import checkpoint
 from transformers import Idefics2Model, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -21,6 +22,9 @@ from ..data.template import IDEFICS_2, Token, Wrap
 from ..data.vision import Pixels, Size, Vision
 from ..recipe import MediaRecipe
 from .family import Family
+
+TOWER_PATCHES = 16_384
+"""What goes through the tower at a time: enough to fill a GPU, and a bound on memory whatever a pack holds."""
 
 FAKE, PLACEHOLDER = Token("<fake_token_around_image>"), Token("<image>")
 
@@ -60,19 +64,23 @@ def vision(
 
 
 def by_shape(views: Sequence[np.ndarray], patch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pictures (3, H, W) of like shape together: for each shape the places (N,) and the pixels (N, 3, H', W').
+    """Pictures (3, H, W) of like shape together: places (N,) in reading order and pixels (N, 3, H', W') of each group.
 
     The stock layout pads every picture of a batch to the largest one. Pictures keep their shapes here, so most of that
-    would be padding, and a mask over it keeps the tower's attention off the flash kernel. What is left over beyond
-    whole patches is cut, as the tower's convolution would.
+    would be padding, and a mask over it keeps the tower's attention off the flash kernel. A group has at most
+    TOWER_PATCHES patches, or one picture. What is left over beyond whole patches is cut, as the tower's convolution
+    would.
     """
     places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for place, view in enumerate(views):
-        places[tuple(side // patch * patch for side in view.shape[-2:])].append(place)
-    return [
-        (torch.tensor(members), torch.from_numpy(np.stack([views[at][:, :height, :width] for at in members])))
-        for (height, width), members in places.items()
-    ]
+        places[tuple(side // patch for side in view.shape[-2:])].append(place)
+    groups = []
+    for (rows, columns), members in places.items():
+        most = max(1, TOWER_PATCHES // (rows * columns))
+        for group in (members[at : at + most] for at in range(0, len(members), most)):
+            pixels = np.stack([views[at][:, : rows * patch, : columns * patch] for at in group])
+            groups.append((torch.tensor(group), torch.from_numpy(pixels)))
+    return groups
 
 
 def _read_by_shape(model: PreTrainedModel) -> None:
@@ -90,7 +98,11 @@ def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any)
         rows, columns = (side // self.vision_model.config.patch_size for side in pictures.shape[-2:])
         whole = torch.ones(len(pictures), rows, columns, dtype=torch.bool, device=pictures.device)
         hidden = self.vision_model(pixel_values=pictures, patch_attention_mask=whole).last_hidden_state
-        found.append(self.connector(hidden, attention_mask=whole.flatten(1)))
+        if self.training and self.text_model.gradient_checkpointing:
+            # Its wide layers keep 115 kB a patch for the backward pass: more than the language model does a token.
+            found.append(checkpoint(self.connector, hidden, whole.flatten(1), use_reentrant=False))
+        else:
+            found.append(self.connector(hidden, attention_mask=whole.flatten(1)))
         places.append(members)
     return BaseModelOutputWithPooling(pooler_output=torch.cat(found)[torch.cat(places).argsort()])
 

@@ -79,12 +79,13 @@ def check(recipe: Recipe) -> Check:
 
 def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
     """A sample's tokens back as text, cut where loss begins and ends; a picture's placeholders become one mark."""
-    image = encoder.token_id(encoder.vision.placeholder)
-    kinds = np.where(encoded.input_ids == image, 2, (encoded.labels != IGNORE).astype(int))
+    kinds = (encoded.labels != IGNORE).astype(int)
+    for number, (start, end) in enumerate(encoded.spans, 2):
+        kinds[start:end] = number  # each picture its own, so that neighbours stay apart
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     stretches = []
     for start, end in pairwise(cuts):
-        if kinds[start] == 2:
+        if kinds[start] > 1:
             text = f"[picture: {end - start} tokens]"
         else:
             text = encoder.tokenizer.decode(encoded.input_ids[start:end].tolist(), skip_special_tokens=False)

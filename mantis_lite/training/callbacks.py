@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,10 +22,15 @@ from ..data.dataset import Schedule
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the trainer to metrics.jsonl: step, epoch, loss, learning rate, gradient norm, time."""
+    """Appends every log of the trainer to metrics.jsonl: step, epoch, loss, learning rate, gradient norm, time.
 
-    def __init__(self, path: Path, schedule: Schedule) -> None:
+    `num_tokens` is counted from the packs' tokens (P,), in training order: TRL's own count takes a pack of M-RoPE rows
+    for one token.
+    """
+
+    def __init__(self, path: Path, schedule: Schedule, pack_tokens: np.ndarray) -> None:
         self.path, self.schedule = path, schedule
+        self.tokens = np.concatenate([[0], pack_tokens.cumsum()])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what was logged after the checkpoint that the run goes on from: those steps are done again."""
@@ -38,6 +44,9 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
+            if "num_tokens" in logs:
+                done = min(state.global_step * self.schedule.accumulation, len(self.tokens) - 1)
+                logs["num_tokens"] = int(self.tokens[done])
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, "time": time.time(), **logs}) + "\n")
 

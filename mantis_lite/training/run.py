@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -98,7 +99,8 @@ def start(
     # Qwen's classes say that they cannot weigh a pack by its tokens in the whole step; like the others, they can.
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
-    for callback in (MetricsFile(recipe.run_dir / "metrics.jsonl", packs), *callbacks):
+    tokens = np.array([prepared.train.lengths[pack, 0].sum() for pack in packs.packs])
+    for callback in (MetricsFile(recipe.run_dir / "metrics.jsonl", packs, tokens), *callbacks):
         trainer.add_callback(callback)
     return Run(recipe, checkpoint, encoder, prepared, packs, trainer)
 
