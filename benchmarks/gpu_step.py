@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,9 +40,13 @@ CASES = {
     "idefics2": {
         "qlora, packs of 8192": ["method=qlora"],
         "qlora, packs of 8192, pictures padded": ["method=qlora"],
+        "qlora, projector frozen, packs of 8192": ["method=qlora", "trainable.projector=frozen"],
+        "qlora, projector frozen, packs of 8192, pictures padded": ["method=qlora", "trainable.projector=frozen"],
         "qlora, one sample a row": ["method=qlora", "packing=off"],
     },
 }
+RECIPES = {"llava": "chat-siglip-llama3-qlora", "idefics2": "chat-idefics2-qlora"}
+
 PADDED = "pictures padded"
 """Ends the name of a case in which pictures are laid out as transformers' processor does."""
 
@@ -61,6 +66,8 @@ def make_idefics2(folder: Path, layers: int, base: Path) -> None:
     with torch.device("cuda"):
         model = Idefics2ForConditionalGeneration(config)
     model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    torch.cuda.empty_cache()  # the cases run beside this process
     torch.set_default_dtype(torch.float32)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<s>", "eos_token": "<end_of_utterance>"}
@@ -89,6 +96,8 @@ def make_llava(folder: Path, layers: int, base: Path) -> None:
     with torch.device("cuda"):
         model = LlavaForConditionalGeneration(LlavaConfig.from_dict(config))
     model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    torch.cuda.empty_cache()  # the cases run beside this process
     torch.set_default_dtype(torch.float32)
     for file in base.glob("*token*.json"):
         (folder / file.name).write_text(file.read_text())
@@ -126,7 +135,7 @@ def padded(pictures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return pad([view for picture in pictures for view in picture.values()])
 
 
-def measure(model: Path, data: Path, steps: int, case: str, overrides: list[str]) -> dict[str, float]:
+def measure(model: Path, data: Path, steps: int, family: str, case: str) -> dict[str, float]:
     """Train `steps` optimizer steps of one pack each; the first two warm up and are left out of the times."""
     import torch
     from transformers import TrainerCallback
@@ -150,7 +159,7 @@ def measure(model: Path, data: Path, steps: int, case: str, overrides: list[str]
             f"train.max_steps={steps}",
         ]
         begun = time.perf_counter()
-        run = start(load_recipe("chat", [*settings, *step, *overrides]), [Clock()])
+        run = start(load_recipe(RECIPES[family], [*settings, *step, *CASES[family][case]]), [Clock()])
         if case.endswith(PADDED):
             vision = replace(run.encoder.vision, batch=padded)
             run.trainer.data_collator = partial(collate_packs, vision=vision)
@@ -177,6 +186,12 @@ def measure(model: Path, data: Path, steps: int, case: str, overrides: list[str]
     }
 
 
+def _fault(stderr: str) -> dict[str, str]:
+    """Why a case has no figures: it needs more memory than there is, or something else broke."""
+    found = re.search(r"OutOfMemoryError: (.*? in use\.) Of the allocated", stderr)
+    return {"out_of_memory": found[1]} if found else {"failed": stderr[-2000:]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", nargs="?", default="llava", choices=list(CASES))
@@ -184,20 +199,21 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=tiny.CHECKPOINT, help="whose tokenizer and processor to take")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", default="", help="the cases with this in their names")
     parser.add_argument("--case", nargs=3, metavar=("MODEL", "DATA", "CASE"))
     args = parser.parse_args()
     if args.case:
         model, data, case = args.case
-        print(json.dumps(measure(Path(model), Path(data), args.steps, case, CASES[args.family][case])))
+        print(json.dumps(measure(Path(model), Path(data), args.steps, args.family, case)))
         return
     figures, make = {}, {"llava": make_llava, "idefics2": make_idefics2}[args.family]
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder) / "model", args.layers, args.base)
         data = make_data(Path(folder) / "data", 200)
-        for case in CASES[args.family]:
+        for case in (case for case in CASES[args.family] if args.only in case):
             command = [sys.executable, "-m", "benchmarks.gpu_step", args.family, "--steps", str(args.steps), "--case"]
             done = subprocess.run([*command, f"{folder}/model", str(data), case], capture_output=True, text=True)
-            figures[case] = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else done.stderr[-2000:]
+            figures[case] = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else _fault(done.stderr)
             print(case, figures[case], flush=True)
             results.write(f"gpu_step_{args.family}", figures, args.out)
 
