@@ -30,7 +30,9 @@ bench: .venv/installed
 
 # On a machine with an NVIDIA GPU, in an environment that holds the package.
 bench-gpu:
-	$(PYTHON) -m benchmarks.gpu_step
+	$(PYTHON) -m benchmarks.gpu_step llava
+	$(PYTHON) -m benchmarks.gpu_step idefics2
+	$(PYTHON) -m benchmarks.gpu_vision
 
 tiny: .venv/installed
 	$(BIN)/python -m mantis_lite.tiny.build mantis_lite/tiny/checkpoint

@@ -38,7 +38,7 @@ REFUSED = {
     "eval_steps": "set eval.every",
     "do_eval": "set data.eval",
     "train_sampling_strategy": "the plan orders the packs; set packing.seed",
-    "use_liger_kernel": "layers are not fused yet",
+    "use_liger_kernel": "set memory.kernels=liger",
     "resume_from_checkpoint": "running again in the same run_dir resumes",
     "prediction_loss_only": "evaluation gives the loss",
     "do_train": "that is what the command does",
@@ -56,7 +56,6 @@ UNBUILT = {
     "media.sampling": "video is not trained here yet",
     "media.frame_label": "video is not trained here yet",
     "head": "classification is not trained here yet",
-    "memory.kernels": "layers are not fused yet",
     "memory.offload_activations": "not available yet",
     "memory.vision_cache": "not available yet",
     "memory.fit": "not available yet",
@@ -160,7 +159,7 @@ class HeadRecipe(Section):
 class MemoryRecipe(Section):
     quantize: list[Part] | None = None
     attention: Literal["auto", "segment", "sdpa", "eager"] = "auto"
-    kernels: Literal["auto", "off"] = "auto"
+    kernels: Literal["auto", "liger", "off"] = "auto"
     checkpointing: Literal["auto", "full", "off"] = "auto"
     offload_activations: StrictBool = False
     vision_cache: Literal["off", "memory", "disk"] = "off"

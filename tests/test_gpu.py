@@ -10,6 +10,7 @@ from helpers import chat, recipe, write_rows
 from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
 from mantis_lite.models.attention import segment_attention
+from mantis_lite.models.kernels import fused
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training.run import start
@@ -55,6 +56,27 @@ def test_packed_equals_separate(checkpoint_of, encoder_of, family, dtype, bound)
 
     together, apart = total(encoded), sum(total([sample]) for sample in encoded)
     assert together.item() == pytest.approx(apart.item(), rel=bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+def test_fused_layers_give_the_same_loss_and_gradients(checkpoint_of, encoder_of, family, dtype, bound):
+    pytest.importorskip("liger_kernel")
+    if family == "fuyu":
+        pytest.skip("Persimmon has neither an RMSNorm nor a SwiGLU")
+    checkpoint, encoder = checkpoint_of(family), encoder_of(family)
+    rows = [chat("a b c", "d e f", images=(1, 2)), chat("g", "h i j k")]
+    batch = collate([encoder.encode(parse(row, "row", None)) for row in rows], encoder.vision.batch)
+    batch = recursively_apply(lambda t: t.to(dtype) if t.is_floating_point() else t, send_to_device(batch, "cuda"))
+    found = []
+    for kernels in ("off", "liger"):
+        model = load_model(checkpoint, recipe(checkpoint.name, memory={"kernels": kernels})).to("cuda", dtype)
+        assert bool(fused(model)) == (kernels == "liger")
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (plain, gradient), (ours, theirs) = found
+    assert ours == pytest.approx(plain, rel=bound)
+    assert (gradient - theirs).norm() < bound * 10 * gradient.norm()
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])

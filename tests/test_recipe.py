@@ -237,14 +237,12 @@ def test_every_key_that_is_set_elsewhere_says_where(key):
 
 OTHER = {
     "trainable.lr": {"projector": 1e-3},
-    "media.image_splitting": True,
     "media.num_frames": 8,
     "media.fps": 1.0,
     "media.max_frames": 8,
     "media.sampling": "upstream",
     "media.frame_label": "{time}",
     "head": {"labels": ["a"]},
-    "memory.kernels": "off",
     "memory.offload_activations": True,
     "memory.vision_cache": "disk",
     "memory.fit": "off",

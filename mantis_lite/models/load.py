@@ -14,6 +14,7 @@ from .adapters import part_of
 from .attention import use_attention
 from .checkpoint import Checkpoint
 from .family import Family
+from .kernels import fuse, require_liger
 
 
 def working_dtype() -> torch.dtype:
@@ -29,6 +30,8 @@ def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
     Full fine-tuning holds its weights in float32 and computes in the working dtype. Raises RecipeError where the
     weights do not fit the architecture exactly.
     """
+    if recipe.memory.kernels == "liger":
+        require_liger()
     dtype = torch.float32 if recipe.method == "full" else working_dtype()
     model, info = _from_pretrained(checkpoint, recipe, dtype)
     faults = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info[name]}
@@ -41,6 +44,8 @@ def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
     if recipe.quantized:
         _check_quantized(model, checkpoint.family, recipe)
     checkpoint.family.adapt(model)
+    if recipe.memory.kernels == "liger":
+        fuse(model)
     use_attention(model, recipe.memory.attention)
     return model
 

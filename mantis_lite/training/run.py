@@ -22,6 +22,7 @@ from ..data.prepare import Prepared, prepare, write_rejects
 from ..errors import RecipeError, SampleError
 from ..models.adapters import PartSize, make_trainable, part_sizes
 from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.kernels import fused
 from ..models.load import load_model, working_dtype
 from ..recipe import Recipe, load_recipe, save_recipe
 from .callbacks import MetricsFile
@@ -43,6 +44,9 @@ class Run:
     def notices(self) -> list[str]:
         """What a user should know of the model before it trains."""
         notices = [self.checkpoint.notice] if self.checkpoint.notice else []
+        if layers := fused(self.trainer.model):
+            counts = ", ".join(f"{count} {name}" for name, count in layers.items())
+            notices.append(f"fused layers of the language model: {counts}")
         if adapter := self.recipe.model.adapter:
             notices.append(f"going on with {adapter} by its own settings: the recipe's lora and trainable are not used")
         return notices
