@@ -88,8 +88,14 @@ def idefics3(tokens: Tokenizer, config: type[PreTrainedConfig] = Idefics3Config)
     )
 
 
+def tied(config: PreTrainedConfig) -> PreTrainedConfig:
+    """One matrix for words going in and coming out, as small checkpoints have."""
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    return config
+
+
 def smolvlm(tokens: Tokenizer) -> PreTrainedConfig:
-    return idefics3(tokens, SmolVLMConfig)
+    return tied(idefics3(tokens, SmolVLMConfig))
 
 
 def fuyu(tokens: Tokenizer) -> FuyuConfig:
@@ -118,7 +124,7 @@ QWEN_IDS = {
 
 def qwen2_vl(tokens: Tokenizer) -> PreTrainedConfig:
     vision = {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2}
-    return qwen(tokens, Qwen2VLConfig, vision, [2, 1, 1])
+    return tied(qwen(tokens, Qwen2VLConfig, vision, [2, 1, 1]))
 
 
 def qwen2_5_vl(tokens: Tokenizer) -> PreTrainedConfig:
