@@ -442,6 +442,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
     if set(recipe.parts.values()) == {"frozen"}:
         yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
+    elif recipe.method != "full" and "adapter" not in recipe.parts.values():
+        yield f"trainable: no part takes an adapter, but method={recipe.method}\n  Set method=full."
     if recipe.method == "full" and recipe.model.adapter:
         yield "model.adapter: has no effect with method=full\n  Set method=lora, or merge the adapter into its base."
     changed = [key for key in LoraRecipe.model_fields if getattr(recipe.lora, key) != getattr(LoraRecipe(), key)]

@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
+from mantis_lite.data.media import open_image
 from mantis_lite.data.schema import Image, Sample, Turn, parse
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.generate import answer
@@ -32,6 +33,7 @@ from mantis_lite.report.check import render_tokens
 
 ROW = chat("What is <image> beside <image><image>?", "small red circle", images=(1, 2, 3))
 TEXT = chat("Only words.", "No picture")
+M_ROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 # One thing at a time: what a family's splitting and size do to a picture.
 MEDIA = {
@@ -171,30 +173,35 @@ def test_a_sample_is_shown_with_a_mark_for_each_picture(encoder_of, family):
         assert encoded.input_ids[start:end].tolist() == encoder.picture_ids(size).tolist()
 
 
-def stock_batch(checkpoint, encoder, row) -> dict:
+def stock_batch(checkpoint, encoder, row, media=None) -> dict:
     """A sample as transformers' own processors lay it out, with our ids."""
-    encoded = encoder.encode(sample_of(row))
+    media, kind = media or {}, checkpoint.config.model_type
+    sample = sample_of(row)
+    encoded = encoder.encode(sample)
     inputs = {"input_ids": torch.from_numpy(encoded.input_ids)[None]}
-    pictures = [PIL.Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in row["images"]]
-    kind = checkpoint.config.model_type
+    pictures = [open_image(image, sample, encoder.max_image_size) for image in sample.images]
     if kind == "fuyu":  # its own processor takes one picture only
         return inputs | encoder.vision.batch(encoded.pixels)
     processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
     nested = [pictures] if kind in ("idefics2", "idefics3", "smolvlm") else pictures
-    made = dict(processor(nested, return_tensors="pt"))
+    settings = {"do_image_splitting": media["image_splitting"]} if "image_splitting" in media else {}
+    if kind in ("idefics3", "smolvlm") and "max_image_size" in media:
+        settings["size"] = {"longest_edge": media["max_image_size"]}
+    made = dict(processor(nested, return_tensors="pt", **settings))
     if kind.startswith("qwen"):
         placeholder = encoder.token_id(encoder.vision.placeholder)
         made["mm_token_type_ids"] = (inputs["input_ids"] == placeholder).int()
     return inputs | made
 
 
-def test_our_layout_gives_the_logits_of_transformers_own(checkpoint_of, model_of, encoder_of, family):
+@pytest.mark.parametrize(("name", "media"), EACH_MEDIA, ids=str)
+def test_our_layout_gives_the_logits_of_transformers_own(checkpoint_of, model_of, name, media):
     """Pictures by shape, in tiles or in patches are what the stock processor makes, padding and all."""
-    checkpoint, encoder = checkpoint_of(family), encoder_of(family)
-    model = model_of(family)
+    checkpoint, model = checkpoint_of(name), model_of(name)
+    encoder = checkpoint.encoder(recipe(media=media))
     ours = logits_of(model, batch_of(encoder, ROW))
     use_attention(model, "sdpa")
-    stock = logits_of(model, stock_batch(checkpoint, encoder, ROW))
+    stock = logits_of(model, stock_batch(checkpoint, encoder, ROW, media))
     use_attention(model, "auto")
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
 
@@ -296,7 +303,10 @@ def steps(model, batch, count: int = 2) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("parts", ["default", "projector adapter", "everything", "full"])
+WHOLE_TOWERS = ["tower full", "tower full, projector adapter", "tower and projector full"]
+
+
+@pytest.mark.parametrize("parts", ["default", "projector adapter", "everything", "full", *WHOLE_TOWERS])
 def test_every_trained_part_moves_and_no_other(checkpoint_of, encoder_of, family, parts):
     checkpoint = checkpoint_of(family)
     full = dict.fromkeys(checkpoint.family.parts, "full")
@@ -305,7 +315,12 @@ def test_every_trained_part_moves_and_no_other(checkpoint_of, encoder_of, family
         "projector adapter": {"trainable": {"projector": "adapter"}},
         "everything": {"trainable": everything(checkpoint)},
         "full": {"trainable": full, "method": "full"},
+        "tower full": {"trainable": {"vision_tower": "full"}},
+        "tower full, projector adapter": {"trainable": {"vision_tower": "full", "projector": "adapter"}},
+        "tower and projector full": {"trainable": {"vision_tower": "full", "projector": "full"}},
     }[parts]
+    if parts in WHOLE_TOWERS and "vision_tower" not in checkpoint.family.parts:
+        pytest.skip("has no vision tower")
     model = trainable(checkpoint, **chosen)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -360,11 +375,13 @@ for base, folder in json.loads(sys.argv[1]):
 def test_adapters_need_no_mantis_lite(checkpoint_of, encoder_of, tmp_path):
     """A process with plain transformers and peft, and transformers' own layout of the pictures, gets our logits."""
     folders = []
-    for family in FAMILIES:
+    whole = {"vision_tower": "full", "projector": "full"}
+    for family, more in [*((name, {"lora": {"dora": True}}) for name in FAMILIES), *((name, whole) for name in M_ROPE)]:
         checkpoint, encoder = checkpoint_of(family), encoder_of(family)
-        model = trainable(checkpoint, trainable=everything(checkpoint), lora={"dora": True})
+        settings = {"trainable": more} if more is whole else more | {"trainable": everything(checkpoint)}
+        model = trainable(checkpoint, **settings)
         steps(model, batch_of(encoder, ROW))
-        folder = tmp_path / family
+        folder = tmp_path / f"{family}-{len(folders)}"
         model.save_pretrained(folder)
         logits = logits_of(model.eval(), batch_of(encoder, ROW))
         torch.save(stock_batch(checkpoint, encoder, ROW) | {"logits": logits}, folder / "tensors")
@@ -397,7 +414,21 @@ def test_an_answer_is_the_likeliest_tokens_one_by_one(model_of, encoder_of, fami
     assert found == expected
 
 
-def test_the_fast_processors_name_is_taken_too(folder_of):
+@pytest.mark.parametrize("name", M_ROPE)
+def test_a_frozen_tower_records_nothing_though_its_merger_trains(checkpoint_of, encoder_of, name):
+    """Qwen's projector lies within its tower: the rest of the tower stays out of the backward pass all the same."""
+    model = trainable(checkpoint_of(name), trainable={"projector": "full"}).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    seen = []
+    for block in model.get_base_model().model.visual.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    model(**batch_of(encoder_of(name), ROW)).loss.backward()
+    assert seen and not any(seen)
+
+
+def test_the_fast_processors_name_is_taken_too(folder_of, checkpoint_of):
     """Published Qwen checkpoints may name the torchvision class; its PIL twin is loaded."""
     named = json.loads((Path(folder_of("qwen3_vl")) / "preprocessor_config.json").read_text())
     assert named["image_processor_type"].endswith("Fast")
+    assert type(checkpoint_of("qwen3_vl").image_processor).__name__ == "Qwen2VLImageProcessorPil"

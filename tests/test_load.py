@@ -8,6 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from helpers import chat, recipe
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import nn
 
 from mantis_lite.data.collate import collate
@@ -103,11 +104,11 @@ def test_layers_of_the_language_model_are_fused_whatever_they_are_called(checkpo
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_liger_needs_a_gpu(checkpoint):
+def test_liger_needs_a_gpu():
     with pytest.raises(
         RecipeError, match=r"memory.kernels: liger needs an NVIDIA GPU, and there is none\n  Leave it out"
     ):
-        load_model(checkpoint, recipe(checkpoint.name, memory={"kernels": "liger"}))
+        require_liger()
 
 
 def test_liger_needs_its_package(monkeypatch):
@@ -137,6 +138,66 @@ def test_weights_that_do_not_fit(copied, spoil):
         opened(copied)
     fault = f"model: the weights of {copied} do not fit the architecture: {message}"
     assert str(caught.value) == f"{fault}\n  Take the checkpoint as it was published."
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def of_other_words(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["language_model.lm_head.weight"] = torch.zeros(7, 32)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def of_another_start(folder):
+    """A tokenizer as transformers saves one with legacy=False: a leading blank before the first stretch alone."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("Ġ", prepend_scheme="first")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def without_the_placeholder(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"<image>"', '"<photo>"'))
+
+
+def broken(name):
+    return lambda folder: (folder / name).write_text('{"broken"')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (broken("config.json"), r"model: .*config.json cannot be read: Expecting ':' delimiter"),
+        (broken("preprocessor_config.json"), r"model: .*preprocessor_config.json cannot be read: "),
+        (
+            lambda folder: (folder / "preprocessor_config.json").unlink(),
+            r"model: .*preprocessor_config.json cannot be read",
+        ),
+        (broken("tokenizer.json"), r"model: .*tokenizer.json cannot be read: "),
+        (
+            without_the_placeholder,
+            r"model: the tokenizer of .* lacks <image>, which stands for a picture\n  Take the check",
+        ),
+        (
+            of_another_start,
+            r"model: its tokenizer writes text at the start of a prompt otherwise than further on\n  Take",
+        ),
+        (cut, r"model: the weights of .* cannot be read: .*\n  Take the checkpoint as it was published"),
+        (of_other_words, r"model: the weights of .* cannot be read: .*\n  Take the checkpoint as it was published"),
+    ],
+    ids=["config", "processor", "no processor", "tokenizer", "placeholder", "start", "cut", "words"],
+)
+def test_a_damaged_checkpoint_is_named(copied, spoil, message):
+    spoil(copied)
+    with pytest.raises(RecipeError, match=message):
+        wanted = recipe(copied)
+        checkpoint = open_checkpoint(wanted.model)
+        checkpoint.encoder(wanted)
+        load_model(checkpoint, wanted)
 
 
 SUPPORTED = "trained here: llava, idefics2, fuyu, idefics3, smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl"

@@ -199,6 +199,10 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
             "trainable.language_model: full, but method=lora\n  Set method=full.",
         ),
         ({"method": "lora", "trainable": {"language_model": "frozen"}}, "trainable: every part is frozen"),
+        (
+            {"method": "lora", "trainable": {"language_model": "frozen", "projector": "full"}},
+            "trainable: no part takes an adapter, but method=lora\n  Set method=full.",
+        ),
         ({"method": "full", "lora": {"r": 8}}, "lora.r: has no effect with method=full"),
         (
             {"method": "lora", "memory": {"quantize": ["language_model"]}},
@@ -208,7 +212,18 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
         ({"data": {"sources": "a", "eval": 1.5}}, "data.eval: expected a share between 0 and 1, or a file, found 1.5"),
         ({"eval": {"every": 10}}, "eval.every: there is nothing to evaluate on\n  Set data.eval"),
     ],
-    ids=["4 bits", "full adapter", "lora full", "frozen", "lora unused", "quantize", "other part", "share", "every"],
+    ids=[
+        "4 bits",
+        "full adapter",
+        "lora full",
+        "frozen",
+        "no adapter",
+        "lora unused",
+        "quantize",
+        "other part",
+        "share",
+        "every",
+    ],
 )
 def test_settings_that_contradict(settings, message):
     assert message in refused(settings).splitlines() or refused(settings).startswith(message)

@@ -160,6 +160,48 @@ def test_an_adapter_of_another_model_is_refused(settings, folder_of, tmp_path):
         start(make_recipe(settings | other))
 
 
+def settings_of(folder, **changed):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+def infinite(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file({key: value + torch.inf for key, value in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), r"adapter_config.json: cannot be read: "),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config.json: cannot be read: "),
+        (lambda folder: settings_of(folder, peft_type="IA3"), r"peft_type is IA3\n  Only LORA is taken"),
+        (lambda folder: settings_of(folder, r=3), r"model.adapter: .* does not fit this llava: .*size mismatch"),
+        (infinite, r"model.adapter: \d+ tensors of .* are not finite, first .*\n  Its training diverged"),
+    ],
+    ids=["weights", "settings", "broken", "kind", "rank", "infinite"],
+)
+def test_a_damaged_adapter_is_named(settings, tmp_path, spoil, message):
+    folder = train(make_recipe(settings))
+    spoil(folder)
+    again = {"model": {"name": settings["model"], "adapter": str(folder)}, "run_dir": str(tmp_path / "again")}
+    with pytest.raises(RecipeError, match=message):
+        start(make_recipe(settings | again))
+
+
+def test_a_run_is_moved_aside_only_once_nothing_stands_in_the_way(settings, tmp_path):
+    train(make_recipe(settings))
+    (tmp_path / "empty").mkdir()
+    for more in (
+        {"model": {"name": settings["model"], "adapter": str(tmp_path / "empty")}},
+        {"memory": {"kernels": "liger"}},
+    ):
+        with pytest.raises(RecipeError):
+            start(make_recipe(settings | more), from_scratch=True)
+        assert (tmp_path / "run/adapter").is_dir() and not (tmp_path / "run.1").exists()
+
+
 def test_an_adapter_with_a_tensor_too_many_or_too_few_is_refused(settings, tmp_path):
     folder = train(make_recipe(settings))
     file = folder / "adapter_model.safetensors"

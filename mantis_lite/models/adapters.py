@@ -18,7 +18,7 @@ from ..errors import RecipeError
 from ..recipe import LoraRecipe, Part, Recipe, Training
 from .checkpoint import find_folder
 from .family import Family
-from .upstream import WHOLE, convert, is_upstream
+from .upstream import WHOLE, check_files, convert, is_upstream
 
 
 class PartSize(NamedTuple):
@@ -38,7 +38,7 @@ def make_trainable(
     original code to be read. Raises RecipeError.
     """
     parts = {part: recipe.part(part) for part in family.parts}
-    towers = [model.get_submodule(path) for path in family.parts.get("vision_tower", ())]
+    tower = [model.get_submodule(path) for path in _own(model, family, "vision_tower")]
     model.requires_grad_(False)
     if recipe.method == "full":
         for name, parameter in model.named_parameters():
@@ -47,9 +47,9 @@ def make_trainable(
         model = load_adapter(model, recipe.model.adapter, import_upstream)
     else:
         model = get_peft_model(model, lora_config(model, family, parts, recipe.lora, recipe.model.revision))
-    for tower in towers:
-        if not any(parameter.requires_grad for parameter in tower.parameters()):
-            _without_autograd(tower)
+    for module in tower:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            _without_autograd(module)
     return model
 
 
@@ -58,24 +58,39 @@ def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = Fals
 
     Raises RecipeError where a tensor is left over or missing: PEFT would go on with an adapter that is not there.
     """
-    source = find_folder("model.adapter", name, None, ["adapter_*", WHOLE])
+    source = find_adapter(name, import_upstream)
+    kind, remedy = model.config.model_type, "Set model to the base it was trained from."
     with TemporaryDirectory() as folder:
         if is_upstream(source, model):
             convert(source, Path(folder), model, import_upstream)
             source = Path(folder)
-        config = PeftConfig.from_pretrained(source)
-        config.inference_mode = False
-        kind, remedy = model.config.model_type, f"Set model to its base, {config.base_model_name_or_path}."
         try:
+            config = PeftConfig.from_pretrained(source)
+            config.inference_mode = False
             adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise RecipeError(f"model.adapter: {name} does not fit this {kind}: {error}\n  {remedy}") from None
-        found = adapted.load_adapter(source, "default", is_trainable=True)
+            found = adapted.load_adapter(source, "default", is_trainable=True)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own are of all these kinds
+            reason = " ".join(str(error).split())[:300]
+            raise RecipeError(f"model.adapter: {name} does not fit this {kind}: {reason}\n  {remedy}") from None
     for fault, keys in (("have no place in", found.unexpected_keys), ("are missing for", found.missing_keys)):
         if keys:
             first = f"first {keys[0]}"
             raise RecipeError(f"model.adapter: {len(keys)} tensors of {name} {fault} this {kind}, {first}\n  {remedy}")
+    trained = [(key, weight) for key, weight in adapted.named_parameters() if weight.requires_grad]
+    if odd := [key for key, weight in trained if not weight.isfinite().all()]:
+        found_odd = f"{len(odd)} tensors of {name} are not finite, first {odd[0]}"
+        raise RecipeError(f"model.adapter: {found_odd}\n  Its training diverged: take an earlier checkpoint.")
     return adapted
+
+
+def find_adapter(name: str, import_upstream: bool = False) -> Path:
+    """The folder of an adapter, here or from the hub, refused where its files tell that it cannot be loaded.
+
+    Raises RecipeError; needs no model, so that a run can be refused before anything is touched.
+    """
+    folder = find_folder("model.adapter", name, None, ["adapter_*", WHOLE])
+    check_files(folder, import_upstream)
+    return folder
 
 
 def lora_config(
@@ -98,8 +113,8 @@ def lora_config(
             f"lora.target_modules: the {' and '.join(adapted)} has no linear layer {', '.join(missing)}\n"
             f"  It has {', '.join(sorted(found))}."
         )
-    modules = {part: _own(model, family, part) for part in parts}
-    targets = [_target(model, family, part, path, wanted[part]) for part in adapted for path in modules[part]]
+    targets = [_target(model, family, part, path, wanted[part]) for part in adapted for path in family.parts[part]]
+    whole = [path for part, how in parts.items() if how == "full" for path in _own(model, family, part)]
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -108,7 +123,7 @@ def lora_config(
         use_rslora=lora.rslora,
         init_lora_weights=True if lora.init == "default" else lora.init,
         target_modules="|".join(filter(None, targets)) or None,
-        modules_to_save=[path for part in parts if parts[part] == "full" for path in modules[part]] or None,
+        modules_to_save=whole or None,
         task_type="CAUSAL_LM",
         revision=revision,
     )
@@ -134,15 +149,20 @@ def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
 
 
 def _own(model: PreTrainedModel, family: Family, part: Part) -> list[str]:
-    """The part's modules that this model has: within a family, one may lack what another has."""
+    """The modules that are the part's alone, as large as can be: a projector may lie within the tower."""
     modules = dict(model.named_modules())
-    names: list[str] = []
-    for path in family.parts[part]:
-        if isinstance(modules.get(path), nn.ModuleList):  # PEFT saves what has a forward of its own
-            names += [f"{path}.{at}" for at in range(len(modules[path]))]
-        elif path in modules:
-            names.append(path)
-    return names
+    others = {path for other, paths in family.parts.items() if other != part for path in paths}
+
+    def split(path: str) -> list[str]:
+        module = modules.get(path)
+        if module is None or path in others or next(module.parameters(), None) is None:
+            return []
+        # PEFT saves what has a forward of its own, which a list of modules has not.
+        if isinstance(module, nn.ModuleList) or any(other.startswith(f"{path}.") for other in others):
+            return [name for child, _ in module.named_children() for name in split(f"{path}.{child}")]
+        return [path]
+
+    return [name for path in family.parts.get(part, ()) for name in split(path)]
 
 
 def _linear_layers(model: PreTrainedModel, family: Family) -> dict[Part, set[str]]:
@@ -155,14 +175,15 @@ def _linear_layers(model: PreTrainedModel, family: Family) -> dict[Part, set[str
 
 
 def _target(model: PreTrainedModel, family: Family, part: Part, path: str, names: list[str]) -> str:
-    if not names:
+    module = dict(model.named_modules()).get(path)
+    if not names or module is None:  # within a family, one model may lack what another has
         return ""
-    if isinstance(model.get_submodule(path), nn.Linear):
+    if isinstance(module, nn.Linear):
         return re.escape(path)
     layers = family.tower_layers(model.config) if part == "vision_tower" else ""
     return rf"{re.escape(path)}\.{layers}(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
-def _without_autograd(tower: nn.Module) -> None:
-    """Run a frozen tower without recording: gradient checkpointing would otherwise make its inputs need gradients."""
-    tower.forward = torch.no_grad()(tower.forward)
+def _without_autograd(module: nn.Module) -> None:
+    """Run a frozen part of the tower without recording: checkpointing would make its inputs need gradients."""
+    module.forward = torch.no_grad()(module.forward)

@@ -81,15 +81,17 @@ class Checkpoint:
         if missing := [token for token in large if token not in vocabulary]:
             raise RecipeError(
                 f"media.max_image_size: a large picture needs {missing[0]}, and the tokenizer has no such token\n"
-                "  Set it lower."
+                "  Set it lower, or take another checkpoint."
             )
+        template = choose_template(recipe.prompt.template, family.templates, vocabulary)
+        _refuse_another_start(self.tokenizer, template.end)
         return Encoder(
             tokenizer=self.tokenizer,
-            template=choose_template(recipe.prompt.template, family.templates, vocabulary),
+            template=template,
             vision=vision,
             system=recipe.prompt.system,
             labels=recipe.prompt.labels,
-            max_image_size=None if isinstance(media.max_image_size, str) else media.max_image_size,
+            max_image_size=None if family.scales or isinstance(cap := media.max_image_size, str) else cap,
         )
 
     def _refuse_what_it_lacks(self, recipe: Recipe) -> None:
@@ -115,6 +117,9 @@ def open_checkpoint(model: ModelRecipe) -> Checkpoint:
     image_processor = _image_processor(folder)
     # The model looks for the placeholder the encoder writes; a Fuyu with a vocabulary of its own does not name it.
     placeholder = family.vision(config, image_processor, MediaRecipe(), ()).placeholder
+    if placeholder not in tokenizer.get_vocab():
+        found = f"the tokenizer of {model.name} lacks {placeholder}, which stands for a picture"
+        raise RecipeError(f"model: {found}\n  Take the checkpoint as it was published.")
     config.image_token_id = tokenizer.token_to_id(placeholder)
     return Checkpoint(
         name=str(folder) if Path(model.name).is_dir() or model.name == "tiny" else model.name,
@@ -137,7 +142,10 @@ def _published(folder: Path, name: str) -> tuple[dict[str, Any], Family]:
             f"model: {name} has no config.json; trained here: {supported}\n"
             "  Name a model on the hub, or a folder with one saved."
         )
-    config = json.loads(config_file.read_text())
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise _broken(config_file, error) from None
     found = config.get("model_type")
     family = next((family for family in FAMILIES if found in family.model_types), None)
     if family is None:
@@ -151,7 +159,29 @@ def _published(folder: Path, name: str) -> tuple[dict[str, Any], Family]:
 
 def _image_processor(folder: Path) -> BaseImageProcessor:
     """The PIL processors everywhere, so that a machine with torchvision sees the same pixels as one without."""
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError) as error:
+        raise _broken(folder / "preprocessor_config.json", error) from None
+
+
+def _broken(file: Path, error: Exception) -> RecipeError:
+    reason = " ".join(str(error).split())[:300]
+    return RecipeError(f"model: {file} cannot be read: {reason}\n  Take the checkpoint as it was published.")
+
+
+def _refuse_another_start(tokenizer: Tokenizer, end: Token) -> None:
+    """Stretches between special tokens are tokenised one by one: all must be written as the first is.
+
+    One saved with transformers' `legacy=False` puts its leading blank before the first alone.
+    """
+    tokenizer.encode_special_tokens = False
+    behind, first = (tokenizer.encode(text, add_special_tokens=False).ids for text in (f"{end}a", "a"))
+    if behind[1:] != first:
+        raise RecipeError(
+            "model: its tokenizer writes text at the start of a prompt otherwise than further on\n"
+            "  Take the tokenizer of the checkpoint as it was published."
+        )
 
 
 def find_folder(key: str, name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -183,6 +213,11 @@ def find_folder(key: str, name: str, revision: str | None, patterns: list[str]) 
 def _tokenizer(folder: Path) -> Tokenizer:
     """The published tokenizer.json as it is: transformers would rebuild it by the class its config happens to name."""
     file = folder / "tokenizer.json"
-    if file.is_file():
-        return Tokenizer.from_file(str(file))
-    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    try:
+        return (
+            Tokenizer.from_file(str(file))
+            if file.is_file()
+            else AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise _broken(file, error) from None

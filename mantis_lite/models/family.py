@@ -29,9 +29,10 @@ class Family:
     `templates` are those that prompt.template=auto chooses from. `parts` gives the modules of each part, in the names
     of the loaded model; a part that is missing does not exist. `targets` are the linear layers that an adapter is laid
     on by default, and `tower_layers` a regular expression, within the vision tower, of the layers whose output is read.
-    `vision` says how pictures enter. `splits` is whether media.image_splitting means anything to it, and `caps` the
-    names that media.max_image_size may take. `mend` corrects a published config.json, in place, that today's
-    transformers would misread, and says what it did. `adapt` makes a loaded model read what `Vision.batch` gives.
+    `vision` says how pictures enter. `splits` is whether media.image_splitting means anything to it, `caps` the names
+    that media.max_image_size may take, and `scales` whether `vision` keeps to that size itself, so that pictures come
+    to it as they are. `mend` corrects a published config.json, in place, that today's transformers would misread, and
+    says what it did. `adapt` makes a loaded model read what `Vision.batch` gives.
     """
 
     model_types: tuple[str, ...]
@@ -42,5 +43,6 @@ class Family:
     tower_layers: Callable[[PreTrainedConfig], str] = lambda config: ""
     splits: bool = False
     caps: Collection[str] = ()
+    scales: bool = False
     mend: Callable[[dict[str, Any]], str | None] = sound
     adapt: Callable[[PreTrainedModel], None] = as_it_is

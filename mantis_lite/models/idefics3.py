@@ -130,5 +130,6 @@ IDEFICS3 = Family(
     },
     vision=vision,
     splits=True,
+    scales=True,
     adapt=_merge_in_one_precision,
 )

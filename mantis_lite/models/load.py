@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
@@ -14,7 +15,7 @@ from .adapters import part_of
 from .attention import use_attention
 from .checkpoint import Checkpoint
 from .family import Family
-from .kernels import fuse, require_liger
+from .kernels import fuse
 
 
 def working_dtype() -> torch.dtype:
@@ -30,8 +31,6 @@ def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
     Full fine-tuning holds its weights in float32 and computes in the working dtype. Raises RecipeError where the
     weights do not fit the architecture exactly.
     """
-    if recipe.memory.kernels == "liger":
-        require_liger()
     dtype = torch.float32 if recipe.method == "full" else working_dtype()
     model, info = _from_pretrained(checkpoint, recipe, dtype)
     faults = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info[name]}
@@ -61,8 +60,14 @@ def _from_pretrained(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype)
             device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
             output_loading_info=True,
         )
-    except OSError as error:
-        raise RecipeError(f"model: the weights of {checkpoint.name} cannot be read: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"model: the weights of {checkpoint.name} cannot be read: {reason}\n"
+            "  Take the checkpoint as it was published."
+        ) from None
 
 
 def _quantization(family: Family, recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -55,6 +55,14 @@ def is_upstream(folder: Path, model: PreTrainedModel) -> bool:
     return any(rename(key) != key.removeprefix(PREFIX) for key in _open(file).keys())
 
 
+def check_files(folder: Path, import_pickle: bool = False) -> None:
+    """Refuse an adapter that its files show cannot be loaded, of the original code or not. Raises RecipeError."""
+    _settings(folder / CONFIG)
+    for file in (_weights(folder), folder / WHOLE):
+        if file.name != WEIGHTS and file.exists() and not import_pickle:
+            raise _unasked(file)
+
+
 def convert(source: Path, target: Path, model: PreTrainedModel, import_pickle: bool = False) -> None:
     """Write an adapter of the original code so that PEFT loads every tensor of it on `model`, a loaded base model.
 
@@ -78,8 +86,7 @@ def convert(source: Path, target: Path, model: PreTrainedModel, import_pickle: b
     (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _config(file: Path) -> dict[str, Any]:
-    """An adapter's settings, without those that PEFT no longer knows."""
+def _settings(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except (FileNotFoundError, ValueError) as error:
@@ -88,7 +95,13 @@ def _config(file: Path) -> dict[str, Any]:
         ) from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise RecipeError(f"{file}: peft_type is {kind}\n  Only LORA is imported, DoRA included.")
+        raise RecipeError(f"{file}: peft_type is {kind}\n  Only LORA is taken, DoRA included.")
+    return config
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The settings of an adapter of the original code, without those that PEFT no longer knows."""
+    config = _settings(file)
     if found := [key for key in NEVER_SET if config.get(key)]:
         raise RecipeError(f"{file}: {found[0]} is {config[found[0]]}; the original code never sets it\n  {MERGE}")
     return {key: value for key, value in config.items() if key in {field.name for field in fields(LoraConfig)}}
@@ -114,9 +127,7 @@ def _read(file: Path, import_pickle: bool) -> dict[str, Tensor]:
         opened = _open(file)
         return {key: opened.get_tensor(key) for key in opened.keys()}
     if not import_pickle:
-        raise RecipeError(
-            f"{file}: is a pickle, as the original code writes them\n  Pass --import-upstream to read its tensors."
-        )
+        raise _unasked(file)
     try:
         tensors = torch.load(file, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError) as error:
@@ -126,6 +137,12 @@ def _read(file: Path, import_pickle: bool) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise RecipeError(f"{file}: is no dict of tensors\n  {AGAIN}")
     return {key: value.clone() for key, value in tensors.items()}  # safetensors refuse tensors that share memory
+
+
+def _unasked(file: Path) -> RecipeError:
+    return RecipeError(
+        f"{file}: is a pickle, as the original code writes them\n  Pass --import-upstream to read its tensors."
+    )
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:

@@ -20,9 +20,9 @@ from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, sc
 from ..data.encode import Encoder
 from ..data.prepare import Prepared, prepare, write_rejects
 from ..errors import RecipeError, SampleError
-from ..models.adapters import PartSize, make_trainable, part_sizes
+from ..models.adapters import PartSize, find_adapter, make_trainable, part_sizes
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..models.kernels import fused
+from ..models.kernels import fused, require_liger
 from ..models.load import load_model, working_dtype
 from ..recipe import Recipe, load_recipe, save_recipe
 from .callbacks import MetricsFile
@@ -86,6 +86,10 @@ def start(
     """
     if not from_scratch:
         _refuse_another(recipe)
+    if recipe.memory.kernels == "liger":
+        require_liger()
+    if recipe.model.adapter:
+        find_adapter(recipe.model.adapter, import_upstream)
     checkpoint = open_checkpoint(recipe.model)
     encoder = checkpoint.encoder(recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder)
