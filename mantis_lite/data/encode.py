@@ -132,7 +132,7 @@ class Encoder:
         runs = self.vision.tokens(size)
         found = self._pictures.get(runs)
         if found is None:
-            parts = [np.repeat(self._run_ids(part), count) for part, count in runs]
+            parts = [np.tile(self._run_ids(part), count) for part, count in runs]
             found = self._pictures[runs] = np.concatenate(parts)
         return found
 

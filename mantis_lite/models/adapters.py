@@ -69,6 +69,8 @@ def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = Fals
             config.inference_mode = False
             adapted = get_peft_model(model, config)
             found = adapted.load_adapter(source, "default", is_trainable=True)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own are of all these kinds
             reason = " ".join(str(error).split())[:300]
             raise RecipeError(f"model.adapter: {name} does not fit this {kind}: {reason}\n  {remedy}") from None
