@@ -13,6 +13,12 @@ from ..data.template import Template
 from ..data.vision import Vision
 from ..recipe import MediaRecipe, Part
 
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama and its kin: Mistral, Qwen, and Idefics2's connector."""
+
+SIGLIP_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+"""The linear layers of a CLIP or SigLIP tower."""
+
 
 def as_it_is(model: PreTrainedModel) -> None:
     """Nothing: the stock model reads the family's batch."""

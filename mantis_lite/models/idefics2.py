@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..data.template import IDEFICS_2, Token, Wrap
 from ..data.vision import Pixels, Size, Vision
 from ..recipe import MediaRecipe
-from .family import Family
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
 
 TOWER_PATCHES = 16_384
 """What goes through the tower at a time: enough to fill a GPU, and a bound on memory whatever a pack holds."""
@@ -136,9 +136,9 @@ IDEFICS2 = Family(
         "vision_tower": ("model.vision_model",),
     },
     targets={
-        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "projector": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "language_model": LLAMA_LAYERS,
+        "projector": LLAMA_LAYERS,
+        "vision_tower": SIGLIP_LAYERS,
     },
     vision=vision,
     splits=True,

@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import IDEFICS_3, SMOLVLM, Token
 from ..data.vision import Pixels, Size, Vision, lay_end_to_end
 from ..recipe import MediaRecipe
-from .family import Family
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
 
 FAKE, PLACEHOLDER, WHOLE = Token("<fake_token_around_image>"), Token("<image>"), Token("<global-img>")
 LIMIT = 4096  # px: the processors' own bound, whatever their settings
@@ -124,9 +124,9 @@ IDEFICS3 = Family(
         "vision_tower": ("model.vision_model",),
     },
     targets={
-        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language_model": LLAMA_LAYERS,
         "projector": ("proj",),
-        "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "vision_tower": SIGLIP_LAYERS,
     },
     vision=vision,
     splits=True,

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import LLAMA_3, MLLAVA_V1, Token, Wrap
 from ..data.vision import Pixels, Vision
 from ..recipe import MediaRecipe
-from .family import Family
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
 
 
 def vision(
@@ -59,9 +59,9 @@ LLAVA = Family(
         "vision_tower": ("model.vision_tower",),
     },
     targets={
-        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language_model": LLAMA_LAYERS,
         "projector": ("linear_1", "linear_2"),
-        "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "vision_tower": SIGLIP_LAYERS,
     },
     vision=vision,
     tower_layers=_read_layers,

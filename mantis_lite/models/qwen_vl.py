@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import QWEN2_VL, QWEN3_VL, Token
 from ..data.vision import Pixels, Size, Vision
 from ..recipe import MediaRecipe
-from .family import Family
+from .family import LLAMA_LAYERS, Family
 
 BEGIN, PLACEHOLDER, END = Token("<|vision_start|>"), Token("<|image_pad|>"), Token("<|vision_end|>")
 
@@ -79,7 +79,7 @@ QWEN2 = Family(
         "vision_tower": ("model.visual",),
     },
     targets={
-        "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language_model": LLAMA_LAYERS,
         "projector": ("0", "2", "linear_fc1", "linear_fc2"),
         "vision_tower": ("qkv", "proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "linear_fc1", "linear_fc2"),
     },
