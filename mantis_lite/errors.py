@@ -3,6 +3,11 @@
 import re
 
 
+def one_line(error: Exception) -> str:
+    """What another library says is wrong, short enough for one line of a message."""
+    return " ".join(str(error).split())[:300]
+
+
 class MantisError(ValueError):
     """A mistake a user can mend; the message says where, what was found and what to do."""
 

@@ -166,6 +166,7 @@ PROCESSORS = {
 }
 
 FAMILIES = ["llava", *MADE]
+M_ROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:

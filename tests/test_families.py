@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, M_ROPE
 from helpers import chat, picture, recipe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -35,7 +35,6 @@ from mantis_lite.report.check import render_tokens
 
 ROW = chat("What is <image> beside <image><image>?", "small red circle", images=(1, 2, 3))
 TEXT = chat("Only words.", "No picture")
-M_ROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 # One thing at a time: what a family's splitting and size do to a picture.
 MEDIA = {

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from accelerate.utils import recursively_apply
+from families import M_ROPE
 from helpers import chat, recipe
 from torch.nn.functional import cosine_similarity
 
@@ -143,9 +144,6 @@ def leak(model, encoder, spoil) -> float:
 def test_what_the_batch_leaves_out_would_leak(model, encoder, spoil):
     """The control: with either mistake the test above would fail."""
     assert leak(with_attention(model, "sdpa"), encoder, spoil) > 1e-2
-
-
-M_ROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 @pytest.mark.parametrize("name", M_ROPE)

@@ -182,15 +182,12 @@ def render(sample: Sample, template: Template, system: str | None, labels: Label
     `system` replaces the template's words ("" leaves the turn out); a row's own system turn replaces both.
     `labels` is "answer" (the answer and its end token) or "upstream" (the assistant's header as well).
     """
-    pieces = _turns(sample, template, system, labels, wrap)
-    pieces.add_text(template.gap, False)
-    return pieces.finished()
+    return _turns(sample, template, system, labels, wrap).finished()
 
 
 def prompt(sample: Sample, template: Template, system: str | None, wrap: Wrap) -> list[Piece]:
     """Write a sample's turns out, without loss, and the header of the answer that is to be generated."""
     pieces = _turns(sample, template, system, "answer", wrap)
-    pieces.add_text(template.gap, False)
     for part in template.headers["assistant"]:
         # As upstream: "ASSISTANT:" without its blank, which belongs to the answer's first word.
         pieces.add(part if isinstance(part, Token) else part.rstrip(" "), False)
@@ -218,6 +215,7 @@ def _turns(sample: Sample, template: Template, system: str | None, labels: Label
             pieces.add(content, answer)
         for part in template.ends[turn.role]:
             pieces.add(part, answer)
+    pieces.add_text(template.gap, False)
     return pieces
 
 

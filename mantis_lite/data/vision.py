@@ -18,8 +18,19 @@ Size = tuple[int, int]
 Pixels = dict[str, np.ndarray]
 """One picture as the model takes it: arrays by name."""
 
-Runs = Sequence[tuple[str, int]]
+Runs = tuple[tuple[str, int], ...]
 """What stands for a picture in a prompt: a `Token` or text, and how many times it is repeated."""
+
+
+def bounded(size: Size, longest: int, shortest: int) -> Size:
+    """A size as Idefics' processors bound it: the longest side first, then each side brought up to the shortest."""
+    width, height = size
+    ratio = width / height
+    if width >= height and width > longest:
+        width, height = longest, int(longest / ratio)
+    elif height > width and height > longest:
+        width, height = int(longest * ratio), longest
+    return max(width, shortest), max(height, shortest)
 
 
 def lay_end_to_end(pictures: Sequence[Pixels]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import RecipeError
+from ..errors import RecipeError, one_line
 from ..recipe import LoraRecipe, Part, Recipe, Training
 from .checkpoint import find_folder
 from .family import Family
@@ -72,8 +72,8 @@ def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = Fals
         except torch.OutOfMemoryError:
             raise
         except (KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own are of all these kinds
-            reason = " ".join(str(error).split())[:300]
-            raise RecipeError(f"model.adapter: {name} does not fit this {kind}: {reason}\n  {remedy}") from None
+            fault = f"{name} does not fit this {kind}: {one_line(error)}"
+            raise RecipeError(f"model.adapter: {fault}\n  {remedy}") from None
     for fault, keys in (("have no place in", found.unexpected_keys), ("are missing for", found.missing_keys)):
         if keys:
             first = f"first {keys[0]}"

@@ -23,7 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .. import tiny
 from ..data.encode import Encoder
 from ..data.template import Token, choose_template
-from ..errors import RecipeError
+from ..errors import RecipeError, one_line
 from ..recipe import MediaRecipe, ModelRecipe, Recipe
 from .family import Family
 from .fuyu import FUYU
@@ -145,7 +145,7 @@ def _published(folder: Path, name: str) -> tuple[dict[str, Any], Family]:
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
-        raise _broken(config_file, error) from None
+        raise unreadable(config_file, error) from None
     found = config.get("model_type")
     family = next((family for family in FAMILIES if found in family.model_types), None)
     if family is None:
@@ -162,12 +162,12 @@ def _image_processor(folder: Path) -> BaseImageProcessor:
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
-        raise _broken(folder / "preprocessor_config.json", error) from None
+        raise unreadable(folder / "preprocessor_config.json", error) from None
 
 
-def _broken(file: Path, error: Exception) -> RecipeError:
-    reason = " ".join(str(error).split())[:300]
-    return RecipeError(f"model: {file} cannot be read: {reason}\n  Take the checkpoint as it was published.")
+def unreadable(what: str | Path, error: Exception) -> RecipeError:
+    """What to say of a part of a checkpoint that another library cannot read."""
+    return RecipeError(f"model: {what} cannot be read: {one_line(error)}\n  Take the checkpoint as it was published.")
 
 
 def _refuse_another_start(tokenizer: Tokenizer, end: Token) -> None:
@@ -220,4 +220,4 @@ def _tokenizer(folder: Path) -> Tokenizer:
             else AutoTokenizer.from_pretrained(folder).backend_tokenizer
         )
     except Exception as error:  # tokenizers raises nothing narrower
-        raise _broken(file, error) from None
+        raise unreadable(file, error) from None

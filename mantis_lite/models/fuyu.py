@@ -18,7 +18,7 @@ from transformers import FuyuForCausalLM, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import MFUYU_V1, Token, Wrap
-from ..data.vision import Pixels, Size, Vision, lay_end_to_end
+from ..data.vision import Pixels, Runs, Size, Vision, lay_end_to_end
 from ..recipe import MediaRecipe
 from .family import Family
 
@@ -49,7 +49,7 @@ def vision(
         width, height = _scaled(size, cap)
         return ceil(width / side), ceil(height / side)
 
-    def tokens(size: Size) -> Any:
+    def tokens(size: Size) -> Runs:
         columns, rows = grid(size)
         return (*begin, *((PLACEHOLDER, columns), (NEW_LINE, 1)) * rows, *end)
 

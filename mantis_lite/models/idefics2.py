@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..data.template import IDEFICS_2, Token, Wrap
-from ..data.vision import Pixels, Size, Vision
+from ..data.vision import Pixels, Size, Vision, bounded
 from ..recipe import MediaRecipe
 from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
 
@@ -41,7 +41,8 @@ def vision(
     splitting = bool(media.image_splitting)
 
     def patches(size: Size) -> int:
-        grids = [_bounded(view, processor.size) for view in _views(size, splitting)]
+        bounds = processor.size["longest_edge"], processor.size["shortest_edge"]
+        grids = [bounded(view, *bounds) for view in _views(size, splitting)]
         return sum((width // patch) * (height // patch) for width, height in grids)
 
     def pixels(picture: Picture) -> Pixels:
@@ -99,7 +100,7 @@ def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any)
         whole = torch.ones(len(pictures), rows, columns, dtype=torch.bool, device=pictures.device)
         hidden = self.vision_model(pixel_values=pictures, patch_attention_mask=whole).last_hidden_state
         if self.training and self.text_model.gradient_checkpointing:
-            # Its wide layers keep 115 kB a patch for the backward pass: more than the language model does a token.
+            # Or its wide layers would keep 4 x 14,336 numbers a patch for the backward pass.
             found.append(checkpoint(self.connector, hidden, whole.flatten(1), use_reentrant=False))
         else:
             found.append(self.connector(hidden, attention_mask=whole.flatten(1)))
@@ -114,17 +115,6 @@ def _views(size: Size, splitting: bool) -> list[Size]:
         return [size]
     left, top = width // 2, height // 2
     return [(left, top), (width - left, top), (left, height - top), (width - left, height - top), size]
-
-
-def _bounded(size: Size, bounds: Any) -> Size:
-    """A size as the processor makes it: the longest side bounded, then each side brought up to the least."""
-    width, height = size
-    ratio, longest = width / height, bounds["longest_edge"]
-    if width >= height and width > longest:
-        width, height = longest, int(longest / ratio)
-    elif height > width and height > longest:
-        width, height = int(longest * ratio), longest
-    return max(width, bounds["shortest_edge"]), max(height, bounds["shortest_edge"])
 
 
 IDEFICS2 = Family(

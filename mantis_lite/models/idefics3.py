@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import IDEFICS_3, SMOLVLM, Token
-from ..data.vision import Pixels, Size, Vision, lay_end_to_end
+from ..data.vision import Pixels, Runs, Size, Vision, bounded, lay_end_to_end
 from ..recipe import MediaRecipe
 from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
 
@@ -40,7 +40,7 @@ def vision(
     positions = (tower.image_size // tower.patch_size) ** 2
     each = positions // config.scale_factor**2
 
-    def tokens(size: Size) -> Any:
+    def tokens(size: Size) -> Runs:
         columns, rows = _tiles(size, longest, tile) if splitting else (0, 0)
         view = ((FAKE, 1), (WHOLE, 1), (PLACEHOLDER, each), (FAKE, 1))
         if not rows:
@@ -83,7 +83,7 @@ def _tiles(size: Size, longest: int, tile: int) -> Size:
     else:
         width, height = int(longest * ratio), longest
         width += width % 2
-    width, height = _below(max(width, 1), max(height, 1))
+    width, height = bounded((max(width, 1), max(height, 1)), LIMIT, 1)
     ratio = width / height
     if width >= height:
         width = ceil(width / tile) * tile
@@ -92,15 +92,6 @@ def _tiles(size: Size, longest: int, tile: int) -> Size:
         height = ceil(height / tile) * tile
         width = ceil(int(height * ratio) / tile) * tile
     return (width // tile, height // tile) if width > tile or height > tile else (0, 0)
-
-
-def _below(width: int, height: int) -> Size:
-    ratio = width / height
-    if width >= height and width > LIMIT:
-        width, height = LIMIT, int(LIMIT / ratio)
-    elif height > width and height > LIMIT:
-        width, height = int(LIMIT * ratio), LIMIT
-    return max(width, 1), max(height, 1)
 
 
 def _merge_in_one_precision(model: PreTrainedModel) -> None:

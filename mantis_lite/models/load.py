@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from ..recipe import Recipe
 from .adapters import part_of
 from .attention import use_attention
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, unreadable
 from .family import Family
 from .kernels import fuse
 
@@ -63,11 +63,7 @@ def _from_pretrained(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype)
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RecipeError(
-            f"model: the weights of {checkpoint.name} cannot be read: {reason}\n"
-            "  Take the checkpoint as it was published."
-        ) from None
+        raise unreadable(f"the weights of {checkpoint.name}", error) from None
 
 
 def _quantization(family: Family, recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
