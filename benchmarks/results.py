@@ -19,6 +19,7 @@ PACKAGES = (
     "tokenizers",
     "datasets",
     "pillow",
+    "av",
     "numpy",
 )
 

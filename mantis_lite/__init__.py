@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import RecipeError
 from .recipe import Recipe, load_recipe
 
+if TYPE_CHECKING:
+    from .scoring import Predictions
+
 __version__ = "0.1.0"
-__all__ = ["Recipe", "load_recipe", "train"]
+__all__ = ["Recipe", "load_recipe", "predict", "train"]
 
 
 def train(
@@ -39,3 +43,15 @@ def train(
     else:
         recipe = load_recipe(recipe, overrides)
     return run.train(recipe, from_scratch=from_scratch, import_upstream=import_upstream)
+
+
+def predict(
+    source: str | Path, overrides: Iterable[str] = (), metrics: bool = False, output: Path | None = None
+) -> Predictions:
+    """Score the rows of `data=...` with a run of task=classify, or a model with a score head; writes a JSON line each.
+
+    `metrics` compares with the rows' own labels. Raises RecipeError, DataError, SampleError and FitError.
+    """
+    from . import scoring  # as above
+
+    return scoring.predict(source, list(overrides), metrics, output)

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from .data.prepare import Prepared
+    from .metrics import Metrics
     from .report.check import Check
     from .training.run import Run
 
@@ -68,6 +69,24 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from .report.check import check
 
     _show_check(check(loaded))
+
+
+@app.command("predict")
+def predict_command(
+    model: Annotated[str, typer.Argument(help="A run of task=classify, or a model with a score head.")],
+    overrides: Overrides = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Compare with the rows' own labels.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The file of predictions; its neighbours take its name.")] = None,
+) -> None:
+    """Score the rows of data=... with a trained head; writes a JSON line for each."""
+    _prepare_process()
+    from .scoring import predict
+
+    found = predict(model, overrides or (), metrics, output)
+    _show_rows(found.prepared, "to score")
+    if found.metrics is not None:
+        _show_metrics(found.metrics)
+    typer.echo(f"{len(found.samples):,} predictions in {found.file}")
 
 
 @app.command("quickstart")
@@ -166,8 +185,20 @@ def _show_start(run: Run) -> None:
     )
 
 
-def _show_rows(prepared: Prepared) -> None:
-    parts = [f"{prepared.rows_read:,} rows read", f"{len(prepared.train):,} to train on"]
+def _show_metrics(metrics: Metrics) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="metrics", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, "not defined" if value is None else f"{value:.4f}")
+    Console(highlight=False).print(table)
+
+
+def _show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
+    parts = [f"{prepared.rows_read:,} rows read", f"{len(prepared.train):,} {purpose}"]
     if prepared.held_out is not None:
         parts.append(f"{len(prepared.held_out):,} held out")
     parts.append(f"{len(prepared.rejects):,} rejected")
@@ -175,6 +206,8 @@ def _show_rows(prepared: Prepared) -> None:
     typer.echo(", ".join(parts))
     for notice, count in prepared.notices.items():
         typer.echo(f"  notice, {count:,} times: {notice}")
+    if prepared.labels is not None:
+        typer.echo(f"labels, {prepared.labels.problem}: {', '.join(prepared.labels.names)}")
 
 
 def _show_check(found: Check) -> None:
@@ -193,9 +226,11 @@ def _show_check(found: Check) -> None:
     console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
     plan = found.schedule
     console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.accumulation} packs; in all {plan.steps:,}")
-    console.print(
-        f"\n{found.sample.where} in template {found.template}, {found.trained_tokens} tokens trained (marked):"
-    )
+    if found.target is None:
+        what = f"in template {found.template}, {found.trained_tokens} tokens trained (marked)"
+    else:
+        what = f"to be scored {found.target}"
+    console.print(f"\n{found.sample.where} {what}:", markup=False)
     text = Text()
     for stretch in found.rendered:
         if stretch.trained and not console.is_terminal:

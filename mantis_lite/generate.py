@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
 from transformers import PreTrainedModel
 
 from .data.encode import Encoded, Encoder
-from .data.schema import Sample
+from .data.sample import Sample
+from .models.load import placed
 
 
 @torch.no_grad()
@@ -19,10 +19,9 @@ def answer(model: PreTrainedModel, encoder: Encoder, sample: Sample, max_new_tok
     """The text a model answers to a sample's turns, without its end token; the same each time (greedy)."""
     encoded = encoder.encode_prompt(sample)
     inputs = {"input_ids": torch.from_numpy(encoded.input_ids[None]), **_vision_inputs(encoder, encoded)}
-    inputs = recursively_apply(lambda t: t.to(model.dtype) if t.is_floating_point() else t, inputs)
     with _generating(model):
         ids = model.generate(
-            **send_to_device(inputs, model.device),
+            **placed(inputs, model),
             attention_mask=torch.ones(1, len(encoded), dtype=torch.int64, device=model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,

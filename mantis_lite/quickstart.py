@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from .data.encode import Encoder
-from .data.schema import Sample, parse
+from .data.sample import Sample
 from .data.source import open_source
 from .generate import answer
 from .recipe import SourceRecipe, load_recipe
@@ -54,7 +54,7 @@ def quickstart(
 def read_samples(path: Path) -> list[Sample]:
     """All samples of a data file. Raises SampleError, DataError."""
     rows = open_source(SourceRecipe(path=str(path)))
-    return [parse(rows.row(i), rows.where(i), rows.root) for i in range(len(rows))]
+    return [rows.sample(i) for i in range(len(rows))]
 
 
 def accuracy(model: PreTrainedModel, encoder: Encoder, samples: Sequence[Sample]) -> float:

@@ -16,13 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from .conflicts import conflicts
 from .errors import RecipeError
 
 Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
+Task = Literal["chat", "video", "classify"]
+Problem = Literal["regression", "single_label", "multi_label"]
 Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0)]
 
-DEFAULTS = {"chat": "chat-siglip-llama3-qlora"}
+DEFAULTS = {
+    "chat": "chat-siglip-llama3-qlora",
+    "video": "video-idefics2-qlora",
+    "classify": "classify-idefics2-lora",
+}
 
 REFUSED = {
     "per_device_train_batch_size": "a pack is the batch; size it with packing.max_length, and the step with "
@@ -47,25 +55,6 @@ REFUSED = {
     "fsdp": "set launch.strategy",
 }
 
-# Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
-UNBUILT = {
-    "trainable.lr": "one learning rate for all parts: train.learning_rate",
-    "media.num_frames": "video is not trained here yet",
-    "media.fps": "video is not trained here yet",
-    "media.max_frames": "video is not trained here yet",
-    "media.sampling": "video is not trained here yet",
-    "media.frame_label": "video is not trained here yet",
-    "head": "classification is not trained here yet",
-    "memory.offload_activations": "not available yet",
-    "memory.vision_cache": "not available yet",
-    "memory.fit": "not available yet",
-    "eval.benchmarks": "not available yet",
-    "eval.metric": "not available yet",
-    "eval.patience": "not available yet",
-    "launch": "one GPU only for now",
-}
-
-
 STEP_SIZES = ("tokens_per_step", "samples_per_step", "gradient_accumulation_steps")
 
 
@@ -88,6 +77,7 @@ class SourceRecipe(Section):
     max_size: Positive | None = None
     shuffle: StrictBool = False
     max_num_images: Positive | None = None
+    media_dir: str | None = None
     vl_only: StrictBool = False
 
 
@@ -138,6 +128,8 @@ class MediaRecipe(Section):
     num_frames: Positive | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     max_frames: Positive | None = None
+    start: Seconds | None = None
+    end: Seconds | None = None
     sampling: Literal["uniform", "upstream"] = "uniform"
     frame_label: str | None = None
 
@@ -150,10 +142,10 @@ class PackingRecipe(Section):
 
 
 class HeadRecipe(Section):
-    problem: Literal["regression", "single_label", "multi_label"] | None = None
-    labels: list[str] | None = None
+    problem: Problem | None = None
+    labels: Annotated[list[str], Field(min_length=1)] | None = None
     score: Literal["last_token", "special_tokens"] = "last_token"
-    class_weights: list[float] | None = None
+    class_weights: Literal["balanced"] | list[Annotated[float, Field(gt=0)]] | None = None
 
 
 class MemoryRecipe(Section):
@@ -188,7 +180,7 @@ class Recipe(Section):
 
     model: ModelRecipe
     data: DataRecipe
-    task: Literal["chat", "video", "classify", "pretrain"] = "chat"
+    task: Task = "chat"
     method: Literal["lora", "qlora", "full"] = "qlora"
     run_dir: Path
     trainable: TrainableRecipe = TrainableRecipe()
@@ -230,26 +222,24 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     mistake.
     """
     path = find_recipe(str(name))
-    settings = _expand(_read_yaml(path), str(path))
+    return make_recipe({"run_dir": f"runs/{path.stem}"} | _read_yaml(path), overrides, str(path))
+
+
+def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
+    """Check a nested mapping of settings, with `key=value` overrides, and return the Recipe; raises RecipeError."""
+    settings = _expand(dict(settings), where)
     for override in overrides:
         top = _expand(_parse_override(override), override)
         if isinstance(top.get("train"), dict) and set(STEP_SIZES) & set(top["train"]):
             settings = _merge(settings, {"train": dict.fromkeys(STEP_SIZES)})  # one size of a step replaces another
         settings = _merge(settings, top)
-    settings.setdefault("run_dir", f"runs/{path.stem}")
-    return make_recipe(settings)
-
-
-def make_recipe(settings: Mapping[str, Any]) -> Recipe:
-    """Check a nested mapping of settings and return the Recipe; raises RecipeError."""
-    settings = _expand(dict(settings), "recipe")
     if not settings.get("data"):
         raise RecipeError("data: no data was given\n  Add data=my.json, or a `data:` key to the recipe.")
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         raise RecipeError("\n".join(dict.fromkeys(map(_explain, error.errors())))) from None
-    problems = [*_unbuilt(recipe), *_train_problems(recipe.train), *_conflicts(recipe)]
+    problems = [*_train_problems(recipe.train), *conflicts(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -400,17 +390,6 @@ def _source_keys(key: str) -> list[str]:
     return [f"{prefix}.{name}" for name in SourceRecipe.model_fields] if key.startswith("data.sources") else []
 
 
-def _unbuilt(recipe: Recipe) -> Iterator[str]:
-    if recipe.task != "chat":
-        yield f"task: {recipe.task} is not trained here yet\n  Set task=chat."
-    for key, reason in UNBUILT.items():
-        value, default = recipe, type(recipe).model_construct()
-        for name in key.split("."):
-            value, default = getattr(value, name), getattr(default, name)
-        if value != default:
-            yield f"{key}: {reason}"
-
-
 def _train_problems(train: dict[str, Any]) -> Iterator[str]:
     for key in train:
         if key in REFUSED:
@@ -428,34 +407,3 @@ def _train_problems(train: dict[str, Any]) -> Iterator[str]:
     for key in steps:
         if not isinstance(train[key], int) or train[key] < 1:
             yield f"train.{key}: expected a positive whole number, found {train[key]!r}"
-
-
-def _conflicts(recipe: Recipe) -> Iterator[str]:
-    for name, training in recipe.parts.items():
-        if training == "full" and name in recipe.quantized:
-            yield f"trainable.{name}: full, but the part is held in 4 bits, which cannot be trained\n  " + (
-                f"Set trainable.{name}=adapter, or method=lora."
-            )
-        elif training == "adapter" and recipe.method == "full":
-            yield f"trainable.{name}: adapter, but method=full trains no adapter\n  Set method=lora."
-        elif training == "full" and name == "language_model" and recipe.method != "full":
-            yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
-    if set(recipe.parts.values()) == {"frozen"}:
-        yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
-    elif recipe.method != "full" and "adapter" not in recipe.parts.values():
-        yield f"trainable: no part takes an adapter, but method={recipe.method}\n  Set method=full."
-    if recipe.method == "full" and recipe.model.adapter:
-        yield "model.adapter: has no effect with method=full\n  Set method=lora, or merge the adapter into its base."
-    changed = [key for key in LoraRecipe.model_fields if getattr(recipe.lora, key) != getattr(LoraRecipe(), key)]
-    if recipe.method == "full" and changed:
-        key = changed[0]
-        yield f"lora.{key}: has no effect with method=full\n  Set lora=null, or method=lora."
-    if recipe.quantized and recipe.method != "qlora":
-        yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
-    if recipe.method == "qlora" and recipe.quantized != ["language_model"]:
-        yield f"memory.quantize: {recipe.quantized}\n  Only [language_model] can be quantised for now."
-    if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:
-        found = recipe.data.eval
-        yield f"data.eval: expected a share between 0 and 1, or a file, found {found}\n  Write data.eval=0.05."
-    if recipe.eval.every and recipe.data.eval is None:
-        yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."

@@ -109,7 +109,8 @@ def fuyu(tokens: Tokenizer) -> FuyuConfig:
 
 def qwen(tokens: Tokenizer, config: type[PreTrainedConfig], vision: dict, section: list[int]) -> PreTrainedConfig:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section}
-    text = {**TEXT, "vocab_size": tokens.get_vocab_size(), "rope_parameters": rope, "rope_scaling": rope}
+    # As published, some embeddings are no token's.
+    text = {**TEXT, "vocab_size": tokens.get_vocab_size() + 8, "rope_parameters": rope, "rope_scaling": rope}
     ids = {name: tokens.token_to_id(f"<|{mark}|>") for name, mark in QWEN_IDS.items()}
     return config(text_config=text, vision_config={**SPREAD, "depth": 3, "num_heads": 2, **vision}, **ids, **SPREAD)
 

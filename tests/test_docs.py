@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from mantis_lite.cli import app
 from mantis_lite.recipe import load_recipe, recipes_dir
+from mantis_lite.scoring import recipe_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,6 +24,8 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
     _, command, *rest = words
     if command in ("train", "check"):
         load_recipe(rest[0], rest[1:])
+    elif command == "predict":  # of a run that a reader has made
+        recipe_of(rest[0], [word for word in rest[1:] if not word.startswith("--")])
     else:
         monkeypatch.chdir(tmp_path)
         assert CliRunner().invoke(app, [command, *rest]).exit_code == 0

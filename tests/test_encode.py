@@ -10,12 +10,14 @@ from helpers import SHARED, TEMPLATES, by_size, chat, picture, recipe, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mantis_lite.data.encode import IGNORE, Encoder
-from mantis_lite.data.schema import Image, Sample, Turn, parse
+from mantis_lite.data.encode import IGNORE, Encoder, Score
+from mantis_lite.data.frames import Frames
+from mantis_lite.data.sample import Image, Sample, Turn
+from mantis_lite.data.schema import parse
 from mantis_lite.data.template import MLLAVA_V1
 from mantis_lite.errors import SampleError
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe import MediaRecipe, ModelRecipe
 
 GOLDEN = SHARED / "golden/checkpoints"
 EXAMPLES = SHARED / "data/mantis-examples/chat/train.json"
@@ -67,7 +69,7 @@ def test_measure_is_the_length_of_encode(name, sample, system, max_size):
     encoded = encoder.encode(sample)
     sizes = sizes_of(encoded)
     patches = sum(BY_SIZE.patches(tuple(size)) for size in sizes)
-    assert encoder.measure([sample]) == [(len(encoded), patches)]
+    assert encoder.measure([sample]) == [(len(encoded), patches, len(sample.images))]
     assert len(encoded.labels) == len(encoded.input_ids) and len(sizes) == len(sample.images)
     on = encoded.labels != IGNORE
     assert (encoded.labels[on] == encoded.input_ids[on]).all()
@@ -123,7 +125,7 @@ def test_real_rows(name):
     for sample, length in zip(rows, lengths, strict=True):
         encoded = encoder.encode(sample)
         positions = (size // 14) ** 2 + ("clip" in name)
-        assert length == (len(encoded), positions * len(sample.images))
+        assert length == (len(encoded), positions * len(sample.images), len(sample.images))
         trained = [run.strip() for run in trained_runs(encoder, encoded)]
         assert trained == [answer.strip() + encoder.template.end for answer in answers(sample)]
 
@@ -161,7 +163,7 @@ def test_a_broken_picture_is_named_and_the_others_are_measured():
     good, bad = (parse(chat("x", "y", images=(1,)), f"a:{at}", Path()) for at in (1, 2))
     bad = replace(bad, turns=(Turn("user", (Image(b"no picture"),)), bad.turns[1]))
     first, error, last = encoder.measure([good, bad, good])
-    assert first == last == (len(encoder.encode(good)), first.patches)
+    assert first == last == (len(encoder.encode(good)), first.patches, 1)
     assert isinstance(error, SampleError) and error.where == "a:2"
     with pytest.raises(SampleError, match="a:2"):
         encoder.encode(bad)
@@ -175,6 +177,10 @@ def test_a_fingerprint_changes_with_all_that_a_length_depends_on():
         replace(encoder, template=MLLAVA_V1),
         replace(encoder, tokenizer=tokenizer("mllava_v1")),
         replace(encoder, vision=replace(BY_SIZE, facts="otherwise")),
+        replace(encoder, frames=Frames(MediaRecipe(num_frames=4))),
+        replace(encoder, frames=Frames(gap=" ")),
+        replace(encoder, score=Score()),
+        replace(encoder, score=Score(("a",))),
     ]
     found = {made.fingerprint for made in (encoder, *others)}
     assert len(found) == len(others) + 1

@@ -24,7 +24,8 @@ from transformers import AutoImageProcessor
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.media import open_image
-from mantis_lite.data.schema import Image, Sample, Turn, parse
+from mantis_lite.data.sample import Image, Sample, Turn
+from mantis_lite.data.schema import parse
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.generate import answer
 from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
@@ -225,7 +226,7 @@ def test_a_literal_mark_in_a_text_only_row_stays_text(model_of, encoder_of, fami
     encoded = encoder.encode(sample)
     assert encoder.token_id(encoder.vision.placeholder) not in encoded.input_ids
     assert "HTML has <image>" in encoder.tokenizer.decode(encoded.input_ids.tolist())
-    assert not encoded.pixels and encoder.measure([sample])[0] == (len(encoded), 0)
+    assert not encoded.pixels and encoder.measure([sample])[0] == (len(encoded), 0, 0)
     assert logits_of(model_of(family), collate([encoded])).isfinite().all()
 
 

@@ -1,15 +1,12 @@
 """What the original Mantis computed on real rows, case by case, through our encoder, batch and attention."""
 
 import hashlib
-import io
 import json
-from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from helpers import SHARED, recipe
@@ -19,9 +16,9 @@ from transformers import AutoConfig
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.prepare import too_large
-from mantis_lite.data.schema import Image, Sample, Turn, parse
+from mantis_lite.data.sample import Image, Sample, Turn
+from mantis_lite.data.schema import parse
 from mantis_lite.errors import FitError, SampleError
-from mantis_lite.models.attention import use_attention
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import PackingRecipe
@@ -189,27 +186,6 @@ def test_a_mended_config_is_saved_mended(opened, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).text_config.rope_parameters["rope_theta"] == 25_000
     for file in tmp_path.iterdir():
         assert file.name == "config.json" or file.read_bytes() == (found.folder / file.name).read_bytes()
-
-
-@pytest.mark.parametrize("case", ["cls0", "cls1", "cls2", "cls3", "cls4", "cls5"])
-def test_scores_of_the_sequence_classifiers_weights(opened, pictures, case):
-    """The classifier's backbone and head over our pixels: its checkpoint, which has no lm_head, fits the same model."""
-    folder = GOLDEN / "checkpoints/idefics2_seqcls"
-    record = records("idefics2_seqcls")[case]
-    _, encoder, _ = opened("idefics2")
-    weights = load_file(folder / "model.safetensors")
-    model = deepcopy(opened("idefics2")[2])
-    head = {name: weights.pop(f"score.{name}") for name in ("weight", "bias")}
-    kept = model.load_state_dict(weights, strict=False)
-    assert kept.missing_keys == ["lm_head.weight"] and not kept.unexpected_keys
-    images = [PIL.Image.open(io.BytesIO(pictures[Path(n).name])).convert("RGB") for n in record["sample"]["images"]]
-    pixels = encoder.vision.batch([encoder.vision.pixels(image) for image in images])
-    ids = torch.from_numpy(stored("idefics2_seqcls", case)["input_ids"]).long()[None]
-    with torch.no_grad():
-        use_attention(model, "sdpa")
-        hidden = model.model(input_ids=ids, use_cache=False, **pixels).last_hidden_state[0, -1]
-        scores = torch.nn.functional.linear(hidden, head["weight"], head["bias"])
-    torch.testing.assert_close(scores, torch.tensor(record["logits"]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

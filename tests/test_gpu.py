@@ -13,6 +13,7 @@ from mantis_lite.models.attention import segment_attention
 from mantis_lite.models.kernels import fused
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe
+from mantis_lite.scoring import predict
 from mantis_lite.training.run import start
 
 pytestmark = [
@@ -96,3 +97,31 @@ def test_training_lowers_the_loss(folder_of, family, tmp_path, method):
     logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [log["loss"] for log in logs if "loss" in log]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_score_head_learns_and_predicts(folder_of, family, tmp_path, method):
+    """In packs on the GPU, the head in float32; what a fresh load predicts is what the trained model does."""
+    rows = [chat("a", "b", images=(at,)) | {"label": float(at % 2)} for at in range(24)]
+    for row in rows:
+        del row["messages"]
+    settings = {
+        "model": str(folder_of(family)),
+        "data": write_rows(tmp_path / "rows.jsonl", rows),
+        "run_dir": str(tmp_path / "run"),
+        "task": "classify",
+        "head": {"problem": "regression"},
+        "method": method,
+        "packing": {"max_length": 400},
+        "train": {"num_train_epochs": 12, "learning_rate": 3e-3, "samples_per_step": 8, "save_strategy": "no"},
+    }
+    run = start(make_recipe(settings))
+    heads = [weight for name, weight in run.trainer.model.named_parameters() if "score" in name]
+    assert heads and all(weight.dtype == torch.float32 for weight in heads)
+    run.train()
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [log["loss"] for log in logs if "loss" in log]
+    assert losses[-1] < 0.8 * losses[0]
+    packed = predict(tmp_path / "run", [f"data={settings['data']}"])
+    alone = predict(tmp_path / "run", [f"data={settings['data']}", "packing=off"], output=tmp_path / "alone.jsonl")
+    torch.testing.assert_close(*map(torch.from_numpy, (packed.logits, alone.logits)), rtol=0.05, atol=0.05)

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from mantis_lite.data.media import open_image, size
-from mantis_lite.data.schema import Image, Sample, Turn
+from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.errors import SampleError
 
 GOLDEN = Path(__file__).parents[2] / "shared/golden"

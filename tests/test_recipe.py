@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mantis_lite.conflicts import UNBUILT
 from mantis_lite.errors import RecipeError
-from mantis_lite.recipe import REFUSED, UNBUILT, Recipe, load_recipe, make_recipe, recipes_dir, save_recipe
+from mantis_lite.recipe import REFUSED, Recipe, load_recipe, make_recipe, recipes_dir, save_recipe
 
 RECIPES = sorted(recipes_dir().glob("*.yaml"))
 BARE = {"model": "a/b", "data": "my.json", "run_dir": "runs/x"}
@@ -45,7 +46,8 @@ def test_a_task_names_its_default_recipe():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_saved_and_read_again_it_is_the_same(tmp_path, path):
-    overrides = ["data=[my.json, {path: other.json, weight: 0.5}]", "trainable.projector=full", "prompt.system=off"]
+    overrides = ["data=[my.json, {path: other.json, weight: 0.5}]", "trainable.projector=full"]
+    overrides += [] if path.stem.startswith("classify") else ["prompt.system=off"]
     recipe = load_recipe(path, ["method=lora", *overrides])
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml") == recipe
@@ -232,17 +234,80 @@ def test_settings_that_contradict(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "video"}, "task: video is not trained here yet\n  Set task=chat."),
+        ({"task": "pretrain"}, "task: input should be 'chat', 'video' or 'classify', found 'pretrain'"),
         ({"trainable": {"lr": {"projector": 1e-3}}}, "trainable.lr: one learning rate for all parts"),
-        ({"media": {"num_frames": 8}}, "media.num_frames: video is not trained here yet"),
-        ({"head": {"labels": ["a"]}}, "head: classification is not trained here yet"),
         ({"memory": {"vision_cache": "disk"}}, "memory.vision_cache: not available yet"),
         ({"launch": {"gpus": 2}}, "launch: one GPU only for now"),
     ],
-    ids=["task", "lr", "frames", "head", "cache", "launch"],
+    ids=["task", "lr", "cache", "launch"],
 )
 def test_a_key_that_nothing_reads_yet_is_not_ignored(settings, message):
     assert refused(settings).startswith(message)
+
+
+CLIP = {"task": "video", "media": {"num_frames": 8}}
+SCORED = {"task": "classify", "head": {"problem": "single_label"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"media": {"num_frames": 8}}, "media.num_frames: has no effect with task=chat, which has pictures only"),
+        (
+            {"task": "video"},
+            "media.num_frames: task=video needs to know how many frames of a clip to take\n  Set media",
+        ),
+        (CLIP | {"media": {"num_frames": 8, "fps": 1.0, "max_frames": 9}}, "media.fps: beside media.num_frames"),
+        (CLIP | {"media": {"fps": 1.0}}, "media.fps: it and media.max_frames, the most frames of a clip, go together"),
+        (CLIP | {"media": {"num_frames": 8, "max_frames": 9}}, "media.fps: it and media.max_frames"),
+        (CLIP | {"media": {"num_frames": 8, "start": 2, "end": 1.5}}, "media.end: 1.5 s is no later than the start"),
+        (
+            CLIP | {"media": {"num_frames": 8, "start": 2, "sampling": "upstream"}},
+            "media.start: media.sampling=upstream takes whole clips",
+        ),
+        (
+            CLIP | {"media": {"num_frames": 8, "frame_label": "{second}"}},
+            "media.frame_label: '{second}' has a field that is neither time nor number\n  Write it as {time:.1f}s",
+        ),
+        (
+            CLIP | {"media": {"num_frames": 8, "frame_label": "{time:q}"}},
+            "media.frame_label: '{time:q}' is not a format",
+        ),
+        ({"head": {"labels": ["a"]}}, "head.labels: has no effect with task=chat\n  Set task=classify."),
+        ({"task": "classify"}, "head.problem: missing\n  Set it to regression, single_label or multi_label."),
+        (
+            {"task": "classify", "head": {"problem": "regression", "class_weights": "balanced"}},
+            "head.class_weights: numbers have no classes",
+        ),
+        ({"task": "classify", "head": {"problem": "single_label", "labels": ["a", "a"]}}, "head.labels: a name is"),
+        (
+            {"task": "classify", "head": {"problem": "single_label", "labels": ["a", "b"], "class_weights": [1.0]}},
+            "head.class_weights: 1 weights for 2 labels\n  Give one a label.",
+        ),
+        (
+            {"task": "classify", "head": {"problem": "single_label", "class_weights": [1.0]}},
+            "head.class_weights: which is whose, is known where head.labels gives the order",
+        ),
+        (
+            {"task": "classify", "head": {"problem": "regression", "score": "special_tokens"}},
+            "head.labels: special_tokens writes the labels' names into the prompt\n  State head.labels.",
+        ),
+        (
+            SCORED | {"prompt": {"system": "x"}},
+            "prompt.system: has no effect with task=classify, head.score=last_token",
+        ),
+    ],
+    ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "",
+)
+def test_settings_of_clips_and_heads_that_contradict(settings, message):
+    assert refused(settings).startswith(message)
+
+
+def test_a_head_alone_may_train():
+    frozen = dict.fromkeys(("language_model", "projector", "vision_tower"), "frozen")
+    settings = {"model": "m", "data": "d", "run_dir": "r", "method": "full", "trainable": frozen}
+    assert make_recipe(settings | SCORED).parts == frozen
+    assert "every part is frozen" in refused(settings)
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -252,12 +317,6 @@ def test_every_key_that_is_set_elsewhere_says_where(key):
 
 OTHER = {
     "trainable.lr": {"projector": 1e-3},
-    "media.num_frames": 8,
-    "media.fps": 1.0,
-    "media.max_frames": 8,
-    "media.sampling": "upstream",
-    "media.frame_label": "{time}",
-    "head": {"labels": ["a"]},
     "memory.offload_activations": True,
     "memory.vision_cache": "disk",
     "memory.fit": "off",
@@ -275,7 +334,7 @@ def test_every_key_that_nothing_reads_says_so(key):
 
 
 def test_all_mistakes_at_once():
-    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "media": {"fps": 1.0}})
+    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "memory": {"fit": "off"}})
     assert len(message.splitlines()) == 3
 
 

@@ -21,7 +21,7 @@ FAMILIES = (
     "qwen3vl",
 )
 METHODS = ("qlora", "lora", "full")
-CHAT = sorted(recipes_dir().glob("chat-*.yaml"))
+EVERY = sorted(recipes_dir().glob("*-*-*.yaml"))
 INSTEAD = re.compile(r"( *)# (upstream|alternative): (\w+): .*")
 
 
@@ -52,21 +52,30 @@ def load(tmp_path: Path, text: str) -> Recipe:
 
 
 def test_every_family_has_every_method():
-    assert {path.stem for path in CHAT} == {f"chat-{family}-{method}" for family, method in product(FAMILIES, METHODS)}
+    chat = {path.stem for path in EVERY if path.stem.startswith("chat-")}
+    assert chat == {f"chat-{family}-{method}" for family, method in product(FAMILIES, METHODS)}
 
 
-@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("task", ["video", "classify"])
+def test_a_task_has_recipes_of_several_families(task):
+    named = [path.stem.removeprefix(f"{task}-").rpartition("-") for path in EVERY if path.stem.startswith(f"{task}-")]
+    assert all(family in FAMILIES and method in METHODS for family, _, method in named)
+    assert len({family for family, _, _ in named}) >= 4
+    assert DEFAULTS[task] in {path.stem for path in EVERY}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_a_recipe_is_what_its_name_says(path):
     recipe = load_recipe(path, ["data=x"])
     assert path.stem.startswith(f"{recipe.task}-") and path.stem.endswith(f"-{recipe.method}")
-    others = [other.read_text().splitlines()[0] for other in CHAT if other != path]
+    others = [other.read_text().splitlines()[0] for other in EVERY if other != path]
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(".") and first not in others
     assert recipe.model.name.partition("/")[2] in first
     assert (recipe.method == "full") == ("lora:" not in path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_its_commands_name_the_recipe_itself_and_load(path):
     name = next((task for task, default in DEFAULTS.items() if default == path.stem), path.stem)
     usage = re.findall(r"^# +mantis-lite (.*)$", path.read_text(), re.M)
@@ -77,7 +86,7 @@ def test_its_commands_name_the_recipe_itself_and_load(path):
         load_recipe(recipe, overrides)
 
 
-@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_it_states_the_license_of_the_weights(path):
     (line,) = re.findall(r"^# License of the weights: (.+)$", path.read_text(), re.M)
     name, _, permits = line.partition(": ")
@@ -85,7 +94,7 @@ def test_it_states_the_license_of_the_weights(path):
     assert ("not for commercial use" in permits) == ("NC" in name or "Research" in name)
 
 
-@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_each_comment_in_a_key_s_place_makes_another_recipe(path, tmp_path):
     text = path.read_text()
     before = load(tmp_path, text)
@@ -93,7 +102,7 @@ def test_each_comment_in_a_key_s_place_makes_another_recipe(path, tmp_path):
         assert load(tmp_path, instead(text, number)) != before, text.splitlines()[number]
 
 
-@pytest.mark.parametrize("path", CHAT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_all_of_upstream_at_once_loads(path, tmp_path):
     text = path.read_text()
     while numbers := comments(text, "upstream"):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mantis_lite.data.schema import Image, Sample, parse
+from mantis_lite.data.sample import Image, Sample
+from mantis_lite.data.schema import parse
 from mantis_lite.errors import SampleError
 
 ROOT = Path("/data")

@@ -14,7 +14,8 @@ import PIL.Image
 import pytest
 from fake_hub import FakeHub
 
-from mantis_lite.data.schema import Image, parse
+from mantis_lite.data.sample import Image
+from mantis_lite.data.schema import parse
 from mantis_lite.data.source import expand, open_source
 from mantis_lite.errors import DataError, SampleError
 from mantis_lite.recipe import SourceRecipe
@@ -338,7 +339,7 @@ def test_a_data_config_lists_sources(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"format": "chat_video"}, "format: chat_video belongs to task=video; only chat is read here"),
+        ({"format": "chat_video"}, "format: chat_video belongs to task=video; here is read chat"),
         ({"format": "classification"}, "format: classification belongs to task=classify"),
         ({"format": "siglip_video"}, "format: siglip_video belongs to task=none"),
         ({"type": "csv"}, "type: csv is not known; write huggingface, json or jsonl"),
@@ -350,7 +351,7 @@ def test_a_data_config_lists_sources(tmp_path):
         ({"sample_ratio": 0.5}, "sample_ratio: 0.5 is not read here; set weight"),
         ({"packing_same_mm_media": True}, "packing_same_mm_media: True is not read here; remove it"),
         ({"offline_sha": "11"}, "offline_sha: 11 is not read here; remove it"),
-        ({"num_frames": 8}, "num_frames: 8 is not read here; it is for task=video"),
+        ({"num_frames": 8}, "num_frames: 8 is not read here; set media.num_frames, and remove it"),
         ({"max_sise": 8}, r"max_sise: no such key; did you mean max_size\?"),
         ({"colour": 8}, "colour: no such key; remove it"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mantis_lite.data.schema import Image, Sample, Turn
+from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.data.template import (
     LLAMA_3,
     MFUYU_V1,

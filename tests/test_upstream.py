@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mantis_lite.data.collate import collate
-from mantis_lite.data.schema import Image, Turn, parse
+from mantis_lite.data.sample import Image, Turn
+from mantis_lite.data.schema import parse
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.checkpoint import open_checkpoint

@@ -22,7 +22,7 @@ def collate(
     input_ids, labels (1, T), the first label of each sample -100; position_ids (1, T) restarting at 0 for each sample,
     or (1 + R, 1, T) where the family has R positions of its own; cu_seq_lens_q and _k (S + 1,) int32, the boundaries;
     max_length_q and _k, tokens of the longest sample; what `pictures` makes of all pictures in reading order, absent
-    where no sample has one; `use_cache` False.
+    where no sample has one; `use_cache` False. Where samples have targets, labels are these, (S, L) or (S,).
 
     There is no attention_mask, and a cache must not be made: with either, transformers no longer looks for the
     restarts in position_ids and lets the samples see each other, without an error (tests/test_isolation.py).
@@ -35,11 +35,10 @@ def collate(
     (tensor([[0, 1, 2, 0, 1]]), tensor([0, 3, 5], dtype=torch.int32))
     """
     lengths = [len(sample) for sample in samples]
-    labels = [np.where(np.arange(len(s)) == 0, IGNORE, s.labels) for s in samples]
     ends = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     batch: Batch = {
+        "labels": _labels(samples),  # first: the trainer takes a batch's size, in evaluation, from its first tensor
         "input_ids": _row([sample.input_ids for sample in samples]),
-        "labels": _row(labels),
         "position_ids": _positions(samples),
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
@@ -49,6 +48,14 @@ def collate(
     }
     pixels = [picture for sample in samples for picture in sample.pixels]
     return batch | (pictures(pixels) if pixels else {})
+
+
+def _labels(samples: Sequence[Encoded]) -> torch.Tensor:
+    targets = [sample.target for sample in samples if sample.target is not None]
+    if targets:
+        assert len(targets) == len(samples)
+        return torch.from_numpy(np.stack(targets))
+    return _row([np.where(np.arange(len(sample)) == 0, IGNORE, sample.labels) for sample in samples])
 
 
 def _positions(samples: Sequence[Encoded]) -> torch.Tensor:

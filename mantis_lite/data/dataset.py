@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import DataError, RecipeError, SampleError
 from ..recipe import PackingRecipe
 from .collate import Batch, collate
-from .encode import Encoded, Encoder
+from .encode import IGNORE, Encoded, Encoder
 from .packing import Length, plan
 from .prepare import Samples
 from .vision import Vision
@@ -70,16 +70,21 @@ def schedule(samples: Samples, packing: PackingRecipe, train: dict[str, Any]) ->
 
 
 def pack_dataset(
-    packs: list[list[int]], samples: Sequence[Any], encoder: Encoder, broken: Callable[[SampleError], None]
+    packs: list[list[int]],
+    samples: Sequence[Any],
+    encoder: Encoder,
+    broken: Callable[[SampleError], None],
+    targets: np.ndarray | None = None,
 ) -> datasets.Dataset:
     """A datasets.Dataset with a row a pack, encoded when it is asked for: pixels are decoded nowhere else.
 
-    `broken` is told of a picture whose header was sound and whose pixels are not; where it returns, the pack goes on
-    without that sample. A pack with no other becomes two tokens without loss, so that the step has a batch.
+    `broken` is told of a picture or clip whose header was sound and whose pixels are not; where it returns, the pack
+    goes on without that sample. A pack with no other becomes a stand-in without loss, so that the step has a batch.
+    `targets` (S, ...) are what a score head is to say of the samples.
     """
 
     def encode(rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
-        return {"encoded": [_encode(pack, samples, encoder, broken) for pack in rows["pack"]]}
+        return {"encoded": [_encode(pack, samples, encoder, broken, targets) for pack in rows["pack"]]}
 
     features = datasets.Features({"pack": datasets.List(datasets.Value("int64"))})
     return datasets.Dataset.from_dict({"pack": packs}, features=features).with_transform(encode)
@@ -91,15 +96,27 @@ def collate_packs(rows: list[dict[str, list[Encoded]]], vision: Vision) -> Batch
 
 
 def _encode(
-    pack: list[int], samples: Sequence[Any], encoder: Encoder, broken: Callable[[SampleError], None]
+    pack: list[int],
+    samples: Sequence[Any],
+    encoder: Encoder,
+    broken: Callable[[SampleError], None],
+    targets: np.ndarray | None,
 ) -> list[Encoded]:
     encoded = []
     for index in pack:
         try:
-            encoded.append(encoder.encode(samples[index]))
+            sample = encoder.encode(samples[index])
         except SampleError as error:
             broken(error)
-    return encoded or [encoder.nothing()]
+        else:
+            encoded.append(sample if targets is None else replace(sample, target=targets[index]))
+    nothing = encoder.nothing()
+    return encoded or [nothing if targets is None else replace(nothing, target=_unknown(targets[0]))]
+
+
+def _unknown(target: np.ndarray) -> np.ndarray:
+    """A target of no sample: no score is right or wrong by it."""
+    return np.full_like(target, IGNORE if np.issubdtype(target.dtype, np.integer) else np.nan)
 
 
 def _draw(samples: Samples, seed: int, epoch: int) -> np.ndarray:

@@ -6,19 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
-from PIL.Image import Image as Picture
 from tokenizers import Tokenizer
 
 from ..errors import SampleError
 from . import media
-from .packing import Length
-from .schema import Image, Sample
-from .template import LabelRule, Piece, Template, Token, prompt, render
+from .frames import Frames
+from .lengths import Measured
+from .sample import Image, Sample, Turn
+from .template import LabelRule, Piece, Template, Token, plain, prompt, render
 from .vision import Pixels, Runs, Size, Vision
 
 IGNORE = -100
@@ -30,7 +30,7 @@ class Encoded:
     """One sample ready for a pack: input_ids (T,), labels (T,) with -100 off the loss, and its pictures' pixels.
 
     positions (R, T) where the family has more than one position a token; spans, the first token of each picture's and
-    the one behind its last.
+    the one behind its last; target, what a score head is to say of it: (L,) numbers, or () the number of a class.
     """
 
     input_ids: np.ndarray
@@ -38,9 +38,32 @@ class Encoded:
     pixels: Sequence[Pixels] = ()
     positions: np.ndarray | None = None
     spans: Sequence[tuple[int, int]] = ()
+    target: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What stands in a prompt for a score head: nothing, or one token for each label, named in an answer of its own.
+
+    `names` are the labels', in order; they are told to the model only where there are tokens.
+    """
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """The original's names for them, counted from 1."""
+        return tuple(Token(f"<|LABEL_{at}|>") for at in range(1, len(self.names) + 1))
+
+    def answered(self, sample: Sample) -> Sample:
+        """The sample with the turn that holds the labels' tokens."""
+        parts: list[str] = []
+        for name, token in zip(self.names, self.tokens, strict=True):
+            parts += [f"The score for {name} is ", token, ". "]
+        return replace(sample, turns=(*sample.turns, Turn("assistant", tuple(parts))))
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,8 @@ class Encoder:
     """Writes samples out in a template and tokenises them once: masks come from the same tokens as the ids.
 
     Special tokens enter as ids and the text between them is tokenised as plain text, so that text which looks like a
-    special token stays text.
+    special token stays text. With `score` a sample is a prompt to be scored, written without turns unless the labels
+    have tokens.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +81,8 @@ class Encoder:
     system: str | None = None
     labels: LabelRule = "answer"
     max_image_size: int | None = None
+    frames: Frames = field(default_factory=Frames)
+    score: Score | None = None
 
     def __post_init__(self) -> None:
         self.tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by a user is text
@@ -67,7 +93,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """A hash of all that a length depends on besides the sample."""
         facts = [self.tokenizer.to_str(), repr(self.template), self.system, self.labels, self.max_image_size]
-        return hashlib.sha256(json.dumps([*facts, self.vision.facts]).encode()).hexdigest()[:16]
+        facts += [self.vision.facts, self.frames.facts, repr(self.score)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @cached_property
     def reserved(self) -> list[str]:
@@ -75,48 +102,53 @@ class Encoder:
         vision, wrap = self.vision, self.vision.wrap
         around = {wrap.close, wrap.chunk, *(token for token, _ in vision.tokens((512, 512)))}
         marks = {str(mark) for mark in around if isinstance(mark, Token)} | self.template.tokens
+        marks |= set(self.score.tokens) if self.score else set()
         alike = [m for m in marks if self.token_id(m) in self.tokenizer.encode(m, add_special_tokens=False).ids]
         return sorted(alike) + list(self.template.marks)
 
-    def measure(self, samples: Sequence[Sample]) -> list[Length | SampleError]:
-        """Tokens and patches of each sample, from its text and its pictures' headers, or what is wrong with it."""
+    def measure(self, samples: Sequence[Sample]) -> list[Measured | SampleError]:
+        """Tokens, patches and pictures of each sample, from its text and its media's headers, or what is wrong."""
         with ThreadPoolExecutor(1) as pool:
             return self.begin_measure(samples, pool)()
 
-    def begin_measure(self, samples: Sequence[Sample], pool: Executor) -> Callable[[], list[Length | SampleError]]:
+    def begin_measure(self, samples: Sequence[Sample], pool: Executor) -> Callable[[], list[Measured | SampleError]]:
         """As `measure`, tokenising in `pool` while the caller goes on; what is returned waits and answers."""
-        rendered = [self._render_or_error(sample) for sample in samples]
-        pieces = chain.from_iterable(pieces for pieces in rendered if not isinstance(pieces, SampleError))
+        written = [self._written(sample) for sample in samples]
+        pieces = chain.from_iterable(found[1] for found in written if not isinstance(found, SampleError))
         texts = list({p.content for p in pieces if type(p.content) is str})
         future = pool.submit(self.tokenizer.encode_batch_fast, texts, add_special_tokens=False)
-        pictures = [self._picture_length(sample) for sample in samples]
+        pictures = [found if isinstance(found, SampleError) else self._pictures_length(found[0]) for found in written]
 
-        def finish() -> list[Length | SampleError]:
+        def finish() -> list[Measured | SampleError]:
             tokens = {text: len(encoding) for text, encoding in zip(texts, future.result(), strict=True)}
-            return [_length(*both, tokens) for both in zip(rendered, pictures, strict=True)]
+            return [_measured(*both, tokens) for both in zip(written, pictures, strict=True)]
 
         return finish
 
     def encode(self, sample: Sample) -> Encoded:
-        """The sample's tensors; opens its pictures. Raises SampleError."""
-        pictures = [media.open_image(image, sample, self.max_image_size) for image in sample.images]
-        return self._encode(sample, self.render(sample), pictures)
+        """The sample's tensors; opens its pictures and clips. Raises SampleError."""
+        sample = self.frames.lay_out(sample)
+        return self._encode(sample, self.render(sample))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The sample's turns and the header of the next answer, as `encode`, all without loss."""
-        pictures = [media.open_image(image, sample, self.max_image_size) for image in sample.images]
+        sample = self.frames.lay_out(sample)
         self._refuse_reserved(sample)
-        return self._encode(sample, prompt(sample, self.template, self.system, self.vision.wrap), pictures)
+        return self._encode(sample, prompt(sample, self.template, self.system, self.vision.wrap))
 
     def render(self, sample: Sample) -> list[Piece]:
         """The sample written out in the template. Raises SampleError where its text would become a special token."""
+        sample = self.frames.lay_out(sample)
         self._refuse_reserved(sample)
-        return render(sample, self.template, self.system, self.labels, self.vision.wrap)
+        if self.score is not None and not self.score.names:
+            return plain(sample, self.template, self.vision.wrap)
+        answered = sample if self.score is None else self.score.answered(sample)
+        return render(answered, self.template, self.system, self.labels, self.vision.wrap)
 
     def nothing(self) -> Encoded:
-        """Two tokens without loss: what a pack holds that has lost all its samples."""
-        token_id = self.token_id(self.template.end)
-        return self._finish([token_id, token_id], [IGNORE, IGNORE], [], [])
+        """The least there can be, without loss: what a pack holds that has lost all its samples."""
+        tokens = (self.template.end, *((self.score and self.score.tokens) or (self.template.end,)))
+        return self._finish([self.token_id(token) for token in tokens], [IGNORE] * len(tokens), [], [])
 
     def token_id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
@@ -147,13 +179,14 @@ class Encoder:
                 found = f"a turn has the text {mark!r}, which this tokenizer takes for a special token"
                 raise SampleError(sample.where, found, "Write it with a blank in it, or drop the row.", sample.id)
 
-    def _render_or_error(self, sample: Sample) -> list[Piece] | SampleError:
+    def _written(self, sample: Sample) -> tuple[Sample, list[Piece]] | SampleError:
         try:
-            return self.render(sample)
+            sample = self.frames.lay_out(sample)
+            return sample, self.render(sample)
         except SampleError as error:
             return error
 
-    def _picture_length(self, sample: Sample) -> Length | SampleError:
+    def _pictures_length(self, sample: Sample) -> Measured | SampleError:
         tokens = patches = 0
         try:
             for image in sample.images:
@@ -162,7 +195,7 @@ class Encoder:
                 patches += self.vision.patches(size)
         except SampleError as error:
             return error
-        return Length(tokens, patches)
+        return Measured(tokens, patches, len(sample.images))
 
     def _picture_ids(self, sample: Sample, size: Size) -> np.ndarray:
         try:
@@ -171,7 +204,8 @@ class Encoder:
             found = f"a picture of {size[0]} x {size[1]} pixels: {error}"
             raise SampleError(sample.where, found, "Crop it, or drop the row.", sample.id) from None
 
-    def _encode(self, sample: Sample, pieces: list[Piece], pictures: list[Picture]) -> Encoded:
+    def _encode(self, sample: Sample, pieces: list[Piece]) -> Encoded:
+        pictures = self.frames.open(sample, self.max_image_size)
         texts = [p.content for p in pieces if type(p.content) is str]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         shown = iter([self._picture_ids(sample, picture.size).tolist() for picture in pictures])
@@ -204,17 +238,17 @@ class Encoder:
         return Encoded(input_ids, np.array(labels, dtype=np.int64), pixels, positions, spans)
 
 
-def _length(
-    pieces: list[Piece] | SampleError, pictures: Length | SampleError, tokens: dict[str, int]
-) -> Length | SampleError:
-    if isinstance(pieces, SampleError):
-        return pieces
+def _measured(
+    written: tuple[Sample, list[Piece]] | SampleError, pictures: Measured | SampleError, tokens: dict[str, int]
+) -> Measured | SampleError:
+    if isinstance(written, SampleError):
+        return written
     if isinstance(pictures, SampleError):
         return pictures
     text = 0
-    for content, _ in pieces:
+    for content, _ in written[1]:
         if type(content) is str:
             text += tokens[content]
         elif type(content) is Token:
             text += 1
-    return Length(text + pictures.tokens, pictures.patches)
+    return pictures._replace(tokens=text + pictures.tokens)

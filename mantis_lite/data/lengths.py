@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from .packing import Length
-from .schema import Sample
+from .sample import Image, Sample, Video
 
-RECORD = np.dtype([("key", "V16"), ("tokens", "i4"), ("patches", "i4")])
+
+class Measured(NamedTuple):
+    """What a sample comes to: tokens of the language model, positions of the vision tower, and pictures."""
+
+    tokens: int
+    patches: int
+    images: int
+
+
+RECORD = np.dtype([("key", "V16"), ("tokens", "i4"), ("patches", "i4"), ("images", "i4")])
 
 
 def cache_dir() -> Path:
@@ -33,15 +43,36 @@ def content_key(sample: Sample) -> bytes | None:
             for part in turn.content:
                 if isinstance(part, str):
                     parts.append(part.encode(errors="surrogatepass"))
-                elif isinstance(part.source, bytes):
-                    parts += (b"bytes", part.source)
+                elif isinstance(part, Video):
+                    parts += _of_video(part)
                 else:
-                    stat = os.stat(part.source)
-                    parts.append(f"{part.source}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+                    parts += _of_image(part)
     except (OSError, ValueError):  # the latter for a path that cannot be one
         return None
     sizes = b",".join(b"%d" % len(part) for part in parts)  # so that no two ways of cutting the text agree
     return blake2b(b"".join((sizes, b"\0", *parts)), digest_size=16).digest()
+
+
+def _of_image(image: Image) -> list[bytes]:
+    if isinstance(image.source, bytes):
+        return [b"bytes", image.source]
+    return [_of_file(image.source)]
+
+
+def _of_video(video: Video) -> Iterator[bytes]:
+    yield f"{'frames' if isinstance(video.source, tuple) else 'clip'}\0{video.start}\0{video.end}".encode()
+    if isinstance(video.source, tuple):
+        for image in video.source:
+            yield from _of_image(image)
+    else:
+        yield _of_file(video.source)
+        if video.source.is_dir():
+            yield from (_of_file(file) for file in sorted(video.source.iterdir()))
+
+
+def _of_file(path: Path) -> bytes:
+    stat = os.stat(path)
+    return f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()
 
 
 class LengthCache:
@@ -52,10 +83,10 @@ class LengthCache:
         self.known = self._read()
         self.fresh = False
 
-    def get(self, key: bytes | None) -> Length | None:
+    def get(self, key: bytes | None) -> Measured | None:
         return self.known.get(key) if key is not None else None
 
-    def put(self, key: bytes | None, length: Length) -> None:
+    def put(self, key: bytes | None, length: Measured) -> None:
         if key is not None:
             self.known[key] = length
             self.fresh = True
@@ -71,11 +102,13 @@ class LengthCache:
         os.replace(file.name, self.path)
         self.fresh = False
 
-    def _read(self) -> dict[bytes, Length]:
+    def _read(self) -> dict[bytes, Measured]:
         try:
             records = np.load(self.path)
         except (FileNotFoundError, EOFError, ValueError):
             return {}  # none yet, or cut short by a full disk: it is made anew
+        if records.dtype != RECORD:
+            return {}  # of an earlier version
         keys = records["key"].tobytes()
-        lengths = zip(records["tokens"].tolist(), records["patches"].tolist(), strict=True)
-        return {keys[i * 16 : i * 16 + 16]: Length(*length) for i, length in enumerate(lengths)}
+        lengths = zip(*(records[name].tolist() for name in Measured._fields), strict=True)
+        return {keys[i * 16 : i * 16 + 16]: Measured(*length) for i, length in enumerate(lengths)}

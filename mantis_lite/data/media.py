@@ -12,7 +12,7 @@ import imagesize
 import PIL.Image
 
 from ..errors import SampleError
-from .schema import Image, Sample
+from .sample import Frame, Image, Sample
 
 MIN_SIDE = 16  # px: upstream enlarges smaller pictures, for the vision processors' sake
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
@@ -20,6 +20,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
 def size(image: Image, sample: Sample, max_size: int | None = None) -> tuple[int, int]:
     """The (width, height) in pixels that `open_image` will return, from the header; raises SampleError."""
+    if isinstance(image, Frame):
+        return _fitted(image.size, max_size)
     if isinstance(image.source, Path) and (found := _jpeg_size(image.source)):
         return _fitted(found, max_size)
     with _opened(image, sample) as picture:
@@ -33,9 +35,13 @@ def open_image(image: Image, sample: Sample, max_size: int | None = None) -> PIL
     """
     with _opened(image, sample) as picture:
         # No EXIF transposition, as upstream does none: pictures are seen as they were in training.
-        wanted = _fitted(picture.size, max_size)
-        pixels = picture.convert("RGB")
-        return pixels if pixels.size == wanted else pixels.resize(wanted)
+        return fit(picture.convert("RGB"), max_size)
+
+
+def fit(pixels: PIL.Image.Image, max_size: int | None) -> PIL.Image.Image:
+    """A picture scaled to what `size` says of it."""
+    wanted = _fitted(pixels.size, max_size)
+    return pixels if pixels.size == wanted else pixels.resize(wanted)
 
 
 def _jpeg_size(path: Path) -> tuple[int, int] | None:
@@ -67,7 +73,8 @@ def _opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
                 raise ValueError(f"more than 8 bits a colour (mode {picture.mode})")
             yield picture
     except FileNotFoundError:
-        raise _missing(image, sample) from None
+        assert isinstance(image.source, Path)
+        raise missing(image.source, sample) from None
     except PIL.UnidentifiedImageError:
         raise _unreadable(image, sample, "not a picture in a format that Pillow knows") from None
     except PIL.Image.DecompressionBombError as error:
@@ -87,10 +94,9 @@ def _unreadable(image: Image, sample: Sample, reason: str) -> SampleError:
     return SampleError(sample.where, found, "Replace it with an 8-bit PNG or JPEG, or drop the row.", sample.id)
 
 
-def _missing(image: Image, sample: Sample) -> SampleError:
-    """Name the nearest file, where upstream would take it without a word."""
-    assert isinstance(image.source, Path)
-    others = [image.source.with_suffix(suffix) for suffix in SUFFIXES]
+def missing(path: Path, sample: Sample) -> SampleError:
+    """What to say of a file that is not there; names the nearest, which upstream would take without a word."""
+    others = [path.with_suffix(suffix) for suffix in SUFFIXES]
     near = next((other.name for other in others if other.is_file()), None)
     remedy = f"Did you mean {near}? " if near else "A path in a row starts at the folder of the data file. "
-    return SampleError(sample.where, f"no such file: {image.source}", remedy + "Mend the path in the row.", sample.id)
+    return SampleError(sample.where, f"no such file: {path}", remedy + "Mend the path in the row.", sample.id)

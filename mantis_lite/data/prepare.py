@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..errors import DataError, FitError, SampleError
-from ..recipe import DataRecipe, PackingRecipe, SourceRecipe
+from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
 from .encode import Encoder
-from .lengths import LengthCache, content_key
-from .packing import Length
-from .schema import Sample, parse
+from .labels import Labels, Values, constant_labels, name_labels, read_labels
+from .lengths import LengthCache, Measured, content_key
+from .sample import Sample
 from .source import Rows, expand, open_source
 
 CHUNK = 256  # rows measured together, so that the tokenizer works on many texts at once
@@ -32,7 +32,7 @@ class Samples(Sequence[Sample]):
     """The accepted samples of all sources, parsed when they are asked for.
 
     lengths (S, 2), tokens and patches; images (S,), pictures; source (S,) and row (S,) say where each stands; weights
-    (sources,).
+    (sources,). targets (S, L) float32, or (S,) int64 classes, where samples have labels to be told.
     """
 
     rows: list[Rows]
@@ -41,17 +41,23 @@ class Samples(Sequence[Sample]):
     row: np.ndarray
     lengths: np.ndarray
     images: np.ndarray
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.row)
 
     def __getitem__(self, index):
-        rows, at = self.rows[self.source[index]], int(self.row[index])
-        return parse(rows.row(at), rows.where(at), rows.root)
+        return self.rows[self.source[index]].sample(int(self.row[index]))
 
     def take(self, indices: np.ndarray) -> Samples:
-        columns = (column[indices] for column in (self.source, self.row, self.lengths, self.images))
-        return Samples(self.rows, self.weights, *columns)
+        return replace(
+            self,
+            source=self.source[indices],
+            row=self.row[indices],
+            lengths=self.lengths[indices],
+            images=self.images[indices],
+            targets=None if self.targets is None else self.targets[indices],
+        )
 
 
 @dataclass
@@ -64,17 +70,26 @@ class Prepared:
     notices: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
     oversize: int = 0
+    labels: Labels | None = None
 
 
-def prepare(data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: int = 42) -> Prepared:
-    """Read, check and measure every row; opens no picture beyond its header.
+def prepare(
+    data: DataRecipe,
+    packing: PackingRecipe,
+    encoder: Encoder,
+    seed: int = 42,
+    task: Task = "chat",
+    head: HeadRecipe | None = None,
+) -> Prepared:
+    """Read, check and measure every row; opens no picture or clip beyond its header.
 
     A row that cannot be trained on is an error, or with `on_bad_row=skip` is counted, and more than 1% of them is an
-    error all the same. Raises SampleError, FitError, DataError.
+    error all the same. With a `head`, rows have labels: those it states, or all that the rows name. Raises SampleError,
+    FitError, DataError.
     """
     cache = LengthCache(encoder.fingerprint)
     prepared = Prepared(train=_samples([], []), held_out=None)
-    reader = _Reader(data, packing, encoder, cache, prepared)
+    reader = _Reader(data, packing, encoder, cache, prepared, task, head)
     with _no_cycle_collection():
         prepared.train = reader.read(data.sources)
         if isinstance(data.eval, str):
@@ -90,6 +105,28 @@ def prepare(data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: in
         raise DataError(
             f"{data.sources[0].path}: no row is left to train on, of {prepared.rows_read} read\n"
             "  See why with `mantis-lite check`."
+        )
+    if prepared.labels and prepared.train.targets is not None:
+        for name in constant_labels(prepared.labels, prepared.train.targets):
+            prepared.notices[f"the label {name!r} has the same value as in every other row"] = len(prepared.train)
+    return prepared
+
+
+def read_rows(
+    data: DataRecipe, packing: PackingRecipe, encoder: Encoder, task: Task, labels: Labels | None = None
+) -> Prepared:
+    """As `prepare`, of rows that are not to be trained on: they need labels only where `labels` says which.
+
+    Raises SampleError, FitError, DataError.
+    """
+    cache = LengthCache(encoder.fingerprint)
+    prepared = Prepared(train=_samples([], []), held_out=None, labels=labels)
+    with _no_cycle_collection():
+        prepared.train = _Reader(data, packing, encoder, cache, prepared, task).read(data.sources)
+    cache.save()
+    if not len(prepared.train):
+        raise DataError(
+            f"{data.sources[0].path}: no row is left, of {prepared.rows_read} read\n  See the rejected rows."
         )
     return prepared
 
@@ -107,12 +144,13 @@ def write_rejects(rejects: Sequence[SampleError], path: Path) -> None:
             file.write(json.dumps(fields) + "\n")
 
 
-def too_large(sample: Sample, length: Length, packing: PackingRecipe) -> FitError | None:
+def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitError | None:
     """What to say of a sample that no pack can hold, or None."""
-    images = f"({len(sample.images)} images)"
+    images = f"({length.images} images)"
     if length.tokens > packing.max_length:
         found = f"needs {length.tokens:,} tokens {images}; packing.max_length is {packing.max_length:,}"
-        remedy = "Raise packing.max_length, or set data.oversize=drop."
+        fewer = ", take fewer frames of a clip" if sample.videos else ""
+        remedy = f"Raise packing.max_length{fewer}, or set data.oversize=drop."
     elif packing.max_patches and length.patches > packing.max_patches:
         found = f"needs {length.patches:,} patches {images}; packing.max_patches is {packing.max_patches:,}"
         remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
@@ -142,11 +180,11 @@ def _no_cycle_collection() -> Iterator[None]:
 class _Chunk(NamedTuple):
     """Rows on their way: parsed, looked up, and those that are not remembered given to the tokenizer."""
 
-    samples: list[tuple[int, Sample]]
+    samples: list[tuple[int, Sample, Values]]
     keys: list[bytes | None]
-    lengths: list[Length | None]
+    lengths: list[Measured | None]
     unknown: list[int]
-    measured: Callable[[], list[Length | SampleError]]
+    measured: Callable[[], list[Measured | SampleError]]
 
 
 @dataclass
@@ -156,10 +194,14 @@ class _Reader:
     encoder: Encoder
     cache: LengthCache
     prepared: Prepared
+    task: Task = "chat"
+    head: HeadRecipe | None = None
 
     def read(self, sources: list[SourceRecipe]) -> Samples:
-        opened = [(spec, open_source(spec)) for source in sources for spec in _specs(source)]
+        specs = [spec for source in sources for spec in _specs(source, self.task)]
+        opened = [(spec, open_source(spec, self.task)) for spec in specs]
         kept: list[tuple[int, ...]] = []
+        values: list[Values] = []
         with ThreadPoolExecutor(1) as pool:
             pending = deque[tuple[int, _Chunk]]()
             for number, (_, rows) in enumerate(opened):
@@ -169,38 +211,65 @@ class _Reader:
                     chunk = range(start, min(start + CHUNK, len(rows)))
                     pending.append((number, self._begin(rows, chunk, pool)))
                     if len(pending) > 1:  # one chunk is being tokenised while the next is read
-                        kept += self._finish(*pending.popleft())
+                        self._finish(*pending.popleft(), kept, values)
             for number, begun in pending:
-                kept += self._finish(number, begun)
+                self._finish(number, begun, kept, values)
+        samples = _samples(opened, kept)
+        if self.problem:
+            samples = self._with_targets(samples, values)
         allowed = max(1, MAX_REJECTED * self.prepared.rows_read)
         if len(self.prepared.rejects) > allowed:
             raise self._too_many()
-        return _samples(opened, kept)
+        return samples
+
+    @property
+    def problem(self) -> Problem | None:
+        if self.prepared.labels:
+            return self.prepared.labels.problem
+        return self.head.problem if self.head else None
+
+    def _with_targets(self, samples: Samples, values: list[Values]) -> Samples:
+        """The samples whose labels are all those there are; what these are, the first sources read decide."""
+        assert self.problem
+        if self.prepared.labels is None:
+            stated = self.head.labels if self.head else None
+            self.prepared.labels = name_labels(self.problem, stated, values)
+        kept, targets = [], []
+        for at, of_row in enumerate(values):
+            try:
+                targets.append(self.prepared.labels.target(of_row, samples[at]))
+                kept.append(at)
+            except SampleError as error:
+                self._reject(error)
+        return replace(samples.take(np.array(kept, dtype=np.int64)), targets=np.array(targets))
 
     def _begin(self, rows: Rows, chunk: range, pool: Executor) -> _Chunk:
-        samples = [(i, sample) for i in chunk if (sample := self._parse(rows, i)) is not None]
-        keys = [content_key(sample) for _, sample in samples]
+        samples = [(i, *found) for i in chunk if (found := self._parse(rows, i)) is not None]
+        keys = [content_key(sample) for _, sample, _ in samples]
         lengths = [self.cache.get(key) for key in keys]
         unknown = [at for at, length in enumerate(lengths) if length is None]
         measured = self.encoder.begin_measure([samples[at][1] for at in unknown], pool)
         return _Chunk(samples, keys, lengths, unknown, measured)
 
-    def _finish(self, source: int, chunk: _Chunk) -> Iterator[tuple[int, ...]]:
-        """The rows of a chunk that can be trained on: source, row, tokens, patches, images."""
+    def _finish(self, source: int, chunk: _Chunk, kept: list[tuple[int, ...]], values: list[Values]) -> None:
+        """Add the rows of a chunk that can be trained on: source, row, tokens, patches, images; and their labels."""
         for at, measured in zip(chunk.unknown, chunk.measured(), strict=True):
             if isinstance(measured, SampleError):
                 self._reject(measured)
             else:
                 chunk.lengths[at] = measured
                 self.cache.put(chunk.keys[at], measured)
-        for (i, sample), length in zip(chunk.samples, chunk.lengths, strict=True):
+        for (i, sample, of_row), length in zip(chunk.samples, chunk.lengths, strict=True):
             if length is not None and self._fits(sample, length):
                 self.prepared.notices.update(sample.notices)
-                yield source, i, *length, len(sample.images)
+                self.prepared.notices.update(self.encoder.frames.notices(sample, length.images))
+                kept.append((source, i, *length))
+                values.append(of_row)
 
-    def _parse(self, rows: Rows, i: int) -> Sample | None:
+    def _parse(self, rows: Rows, i: int) -> tuple[Sample, Values] | None:
         try:
-            return parse(rows.row(i), rows.where(i), rows.root)
+            sample = rows.sample(i)
+            return sample, read_labels(sample, self.problem) if self.problem else {}
         except SampleError as error:
             self._reject(error)
             return None
@@ -210,7 +279,7 @@ class _Reader:
             raise error
         self.prepared.rejects.append(error)
 
-    def _fits(self, sample: Sample, length: Length) -> bool:
+    def _fits(self, sample: Sample, length: Measured) -> bool:
         error = too_large(sample, length, self.packing)
         if error is None:
             return True
@@ -228,7 +297,7 @@ class _Reader:
         )
 
 
-def _specs(source: SourceRecipe) -> list[SourceRecipe]:
+def _specs(source: SourceRecipe, task: Task) -> list[SourceRecipe]:
     """A source itself, or those that an upstream data_config.yaml lists."""
     if not source.path.endswith((".yaml", ".yml")):
         return [source]
@@ -237,7 +306,7 @@ def _specs(source: SourceRecipe) -> list[SourceRecipe]:
             f"{source.path}: {', '.join(beside)} beside a list of sources\n  Write it into the list's entries."
         )
     try:
-        listed = [SourceRecipe(**settings) for settings in expand(source.path)]
+        listed = [SourceRecipe(**settings) for settings in expand(source.path, task)]
     except ValidationError as error:
         first = error.errors()[0]
         found = f"{first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from ..errors import SampleError
+from ..recipe import Task
+from .columns import Fault, clips_of, kind_of, pictures_of, read_clip, read_image, short
+from .sample import Image, Role, Sample, Turn, Video
 
-Role = Literal["system", "user", "assistant"]
 
-MARK = "<image>"
+class Mark(Enum):
+    """A place in a row's text for its next picture or clip."""
+
+    IMAGE = "<image>"
+    VIDEO = "<video>"
+
+
 TURNS = ("conversation", "conversations", "messages")
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -24,55 +30,80 @@ ROLES: dict[str, Role] = {
 }
 ALTERNATE = ("user", "assistant")
 A_TURN = '{"role": "user", "content": "..."}'
-PAIRING = "Marks and images pair up in order."
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A picture, not yet opened: a file's path, or the bytes of a file."""
-
-    source: Path | bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one speaker says: text and pictures, in the order the model reads them."""
-
-    role: Role
-    content: tuple[str | Image, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One training example; `where` is "train.jsonl:12"; `notices` says what was dropped from the row."""
-
-    where: str
-    id: str | None
-    turns: tuple[Turn, ...]
-    notices: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> tuple[Image, ...]:
-        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Image))
-
-
-def parse(row: Mapping[str, Any], where: str, root: Path) -> Sample:
+def parse(row: Mapping[str, Any], where: str, root: Path, task: Task = "chat") -> Sample:
     """Read one row; paths in it are relative to `root`. Raises SampleError.
 
     "<image>" in a turn's text is a mark, unless the turn is a list of typed parts or the row has no picture: there it
-    stays text.
+    stays text. "<video>" is one wherever the task reads clips, and never stays text there. A row of "classify" has one
+    turn, its prompt.
     """
     try:
         if not isinstance(row, Mapping):
-            raise _Fault(f"the row is {_kind(row)}", 'Give {"images": [...], "messages": [...]}.')
-        turns, notices = _turns(row, root)
-        images, ignored = _column(row, root)
-        literal = () if images else _marks_as_text(row, turns)
-        read = _pair(turns, images)
+            raise Fault(f"the row is {kind_of(row)}", 'Give {"images": [...], "messages": [...]}.')
+        read, notices = _READERS[task](row, root)
+        labels = _labels(row) if task == "classify" else None
         _refuse_half_characters(read)
-    except _Fault as fault:
+    except Fault as fault:
         raise SampleError(where, fault.found, fault.remedy, _id(row)) from None
-    return Sample(where, _id(row), read, notices + ignored + literal)
+    return Sample(where, _id(row), read, notices, labels)
+
+
+def _chat(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    turns, notices = _turns(row, root, (Mark.IMAGE,))
+    images, ignored = pictures_of(row, root)
+    literal = () if images else _marks_as_text(row, turns)
+    return _pair(turns, {Mark.IMAGE: images}), notices + ignored + literal
+
+
+def _video(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """As chat, with clips; pictures that no mark asks for, in a row without a clip, are one clip's frames."""
+    turns, notices = _turns(row, root, tuple(Mark))
+    images, ignored = pictures_of(row, root)
+    videos = clips_of(row, root)
+    typed = any(isinstance(part, Image | Video) for _, parts in turns for part in parts)
+    if images and not videos and not typed and not _count_of(turns, Mark.IMAGE):
+        images, videos = [], [Video(tuple(images))]
+    literal: tuple[str, ...] = ()
+    if not images:
+        literal = _marks_for_clips(turns, videos) or _marks_as_text(row, turns)
+    return _pair(turns, {Mark.VIDEO: videos, Mark.IMAGE: images}), notices + ignored + literal
+
+
+def _classify(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The prompt with its pictures and clips; as upstream, those without a mark stand behind it, a blank after each."""
+    if row.get("prompt") is None and (key := next((key for key in TURNS if row.get(key) is not None), None)):
+        raise Fault(
+            f'this is a chat row: it has "{key}" and no "prompt"',
+            'task=classify reads "prompt" and "labels"; train on turns with task=chat.',
+        )
+    prompt = row.get("prompt", "")
+    prompt = "" if prompt is None else prompt
+    if not isinstance(prompt, str):
+        raise Fault(f'"prompt" is {kind_of(prompt)}', "Give a string.")
+    images, ignored = pictures_of(row, root)
+    videos = clips_of(row, root)
+    if not (prompt or images or videos):
+        raise Fault("neither a prompt nor a picture", 'Give "prompt", "images" or "video".')
+    turns: _Turns = [("user", _split(prompt, tuple(Mark)))]
+    literal = () if images else _marks_as_text({}, turns)
+    media: _Media = {Mark.VIDEO: videos, Mark.IMAGE: images}
+    for mark, found in media.items():
+        for _ in range(len(found) - _count_of(turns, mark)):
+            turns[0][1].extend((mark, " "))
+    return _pair(turns, media), ignored + literal
+
+
+_READERS = {"chat": _chat, "video": _video, "classify": _classify}
+
+
+def _labels(row: Mapping[str, Any]) -> Any:
+    """What the row gives as its labels, under either name; what they must be, `labels` knows."""
+    several, one = row.get("labels"), row.get("label")
+    if several is not None and one is not None:
+        raise Fault('"label" and "labels" both say what is right', "Keep one of them.")
+    return one if several is None else several
 
 
 def _refuse_half_characters(turns: tuple[Turn, ...]) -> None:
@@ -84,19 +115,12 @@ def _refuse_half_characters(turns: tuple[Turn, ...]) -> None:
                     part.encode()
                 except UnicodeEncodeError as error:
                     found = f"a turn of the {turn.role} has half a character, {part[error.start]!a}"
-                    raise _Fault(found, "Write its other half behind it, or take it out.") from None
+                    raise Fault(found, "Write its other half behind it, or take it out.") from None
 
 
-class _Fault(Exception):
-    """What is wrong inside a row and what to do; `parse` adds which row."""
-
-    def __init__(self, found: str, remedy: str) -> None:
-        self.found, self.remedy = found, remedy
-
-
-# While a row is read, None in a turn's parts is a mark: a place for the next picture of the row.
-_Parts = list[str | Image | None]
+_Parts = list[str | Image | Video | Mark]
 _Turns = list[tuple[Role, _Parts]]
+_Media = Mapping[Mark, Sequence[Image | Video]]
 
 
 def _id(row: Any) -> str | None:
@@ -104,9 +128,9 @@ def _id(row: Any) -> str | None:
     return None if found is None else str(found)
 
 
-def _turns(row: Mapping[str, Any], root: Path) -> tuple[_Turns, tuple[str, ...]]:
+def _turns(row: Mapping[str, Any], root: Path, marks: tuple[Mark, ...]) -> tuple[_Turns, tuple[str, ...]]:
     """The turns of the row, checked to alternate from the user's; and what was dropped."""
-    turns = [_turn(turn, number, root) for number, turn in enumerate(_listed(row), 1)]
+    turns = [_turn(turn, number, root, marks) for number, turn in enumerate(_listed(row, marks), 1)]
     start = 1 if turns[0][0] == "system" else 0
     dropped = 0
     if turns[start:] and turns[start][0] == "assistant":
@@ -116,81 +140,89 @@ def _turns(row: Mapping[str, Any], root: Path) -> tuple[_Turns, tuple[str, ...]]
         if role != ALTERNATE[at % 2]:
             number = at + 1 + start + dropped
             if role == "system":
-                raise _Fault(f"turn {number} is the system's", "Only the first turn may be.")
+                raise Fault(f"turn {number} is the system's", "Only the first turn may be.")
             found = f"turns {number - 1} and {number} are both the {role}'s"
-            raise _Fault(found, "Join them, or add the turn between them: user and assistant take turns.")
+            raise Fault(found, "Join them, or add the turn between them: user and assistant take turns.")
     if len(turns) < start + 2:
-        raise _Fault("no assistant turn after a user turn", "Add the assistant's answer.")
+        raise Fault("no assistant turn after a user turn", "Add the assistant's answer.")
     return turns, ("first turn was the assistant's and was dropped",) if dropped else ()
 
 
-def _listed(row: Mapping[str, Any]) -> Sequence[Any]:
+def _listed(row: Mapping[str, Any], marks: tuple[Mark, ...]) -> Sequence[Any]:
     key = next((key for key in TURNS if row.get(key) is not None), None)
-    _refuse_other_tasks(row, chat=key is not None)
+    _refuse_other_tasks(row, key is not None, Mark.VIDEO in marks)
     if key is None:
         keys = ", ".join(str(key) for key in row) or "none"
-        raise _Fault(
+        raise Fault(
             'none of "conversation", "conversations" and "messages" has the turns',
             f"Add one of them; the row's keys are: {keys}.",
         )
     turns = row[key]
     if not isinstance(turns, list | tuple):
-        raise _Fault(f'"{key}" is {_kind(turns)}', f"Give a list of turns like {A_TURN}.")
+        raise Fault(f'"{key}" is {kind_of(turns)}', f"Give a list of turns like {A_TURN}.")
     if not turns:
-        raise _Fault(f'"{key}" is empty', "Give at least a user turn and an assistant turn.")
+        raise Fault(f'"{key}" is empty', "Give at least a user turn and an assistant turn.")
     return turns
 
 
-def _refuse_other_tasks(row: Mapping[str, Any], chat: bool) -> None:
+def _refuse_other_tasks(row: Mapping[str, Any], chat: bool, clips: bool) -> None:
     for key in ("video", "videos"):
-        if row.get(key):
-            raise _Fault(
+        if row.get(key) and not clips:
+            raise Fault(
                 f'this is a video row: it has "{key}"',
                 'task=chat needs pictures: give "images" and turns, or train on clips with task=video.',
             )
     if not chat and row.get("labels") is not None and row.get("prompt") is not None:
-        raise _Fault(
+        raise Fault(
             'this is a classification row: it has "labels" and "prompt"',
-            'task=chat needs turns: give "messages", or train on labels with task=classify.',
+            'Turns are read here: give "messages", or train on labels with task=classify.',
         )
 
 
-def _turn(turn: Any, number: int, root: Path) -> tuple[Role, _Parts]:
+def _turn(turn: Any, number: int, root: Path, marks: tuple[Mark, ...]) -> tuple[Role, _Parts]:
     if not isinstance(turn, dict):
-        raise _Fault(f"turn {number} is {_kind(turn)}", f"Give an object like {A_TURN}.")
+        raise Fault(f"turn {number} is {kind_of(turn)}", f"Give an object like {A_TURN}.")
     speaker = turn.get("from")
     if speaker is None:
         speaker = turn.get("role")
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        found = "no role" if speaker is None else f"the unknown role {_short(speaker)}"
+        found = "no role" if speaker is None else f"the unknown role {short(speaker)}"
         remedy = "Use user or human, assistant or gpt; system for the first turn only."
-        raise _Fault(f"turn {number} has {found}", remedy)
+        raise Fault(f"turn {number} has {found}", remedy)
     for key in ("content", "text", "value"):
         content = turn.get(key)
         if content is not None:
             break
     if isinstance(content, str):
-        return role, _split(content)
+        return role, _split(content, marks)
     if content is None:
-        raise _Fault(f"turn {number} has no text", 'Give "content", "text" or "value"; "" is allowed.')
+        raise Fault(f"turn {number} has no text", 'Give "content", "text" or "value"; "" is allowed.')
     if not isinstance(content, list | tuple):
-        raise _Fault(f'"{key}" of turn {number} is {_kind(content)}', "Give a string or a list of parts.")
-    parts = (_typed(part, f"part {at} of turn {number}", root) for at, part in enumerate(content, 1))
+        raise Fault(f'"{key}" of turn {number} is {kind_of(content)}', "Give a string or a list of parts.")
+    parts = (_typed(part, f"part {at} of turn {number}", root, marks) for at, part in enumerate(content, 1))
     return role, _merge(parts)
 
 
-def _split(text: str) -> _Parts:
-    if MARK not in text:
+def _split(text: str, marks: tuple[Mark, ...]) -> _Parts:
+    if "<" not in text:
         return [text] if text else []
-    parts: _Parts = []
-    for piece in text.split(MARK):
-        parts += [piece, None] if piece else [None]
-    del parts[-1]  # one mark fewer than pieces
+    parts: _Parts = [text]
+    for mark in marks:
+        parts = [piece for part in parts for piece in (_cut(part, mark) if isinstance(part, str) else [part])]
     return parts
 
 
-def _merge(parts: Iterator[str | Image | None]) -> _Parts:
+def _cut(text: str, mark: Mark) -> Iterator[str | Mark]:
+    """The pieces of a text and the marks between them, without empty ones."""
+    for number, piece in enumerate(text.split(mark.value)):
+        if number:
+            yield mark
+        if piece:
+            yield piece
+
+
+def _merge(parts: Iterable[str | Image | Video | Mark]) -> _Parts:
     """Join neighbouring strings and leave out empty ones."""
     merged: _Parts = []
     for part in parts:
@@ -202,112 +234,85 @@ def _merge(parts: Iterator[str | Image | None]) -> _Parts:
     return merged
 
 
-def _typed(part: Any, place: str, root: Path) -> str | Image | None:
-    """One part of a turn as TRL and OpenAI write them; None where the row's next picture goes."""
+def _typed(part: Any, place: str, root: Path, marks: tuple[Mark, ...]) -> str | Image | Video | Mark:
+    """One part of a turn as TRL and OpenAI write them; a mark where the row's next picture or clip goes."""
     if isinstance(part, str):
         return part  # a literal "<image>" here stays text: the pictures have parts of their own
     if not isinstance(part, dict):
-        raise _Fault(f"{place} is {_kind(part)}", 'Give {"type": "text", "text": "..."} and the like.')
+        raise Fault(f"{place} is {kind_of(part)}", 'Give {"type": "text", "text": "..."} and the like.')
     kind = part.get("type")
     if kind == "text":
         text = part.get("text")
         if not isinstance(text, str):
-            raise _Fault(f'"text" of {place} is {_kind(text)}', "Give a string.")
+            raise Fault(f'"text" of {place} is {kind_of(text)}', "Give a string.")
         return text
     if kind == "image":
         found = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
-        return None if found is None else _image(found, place, root)
+        return Mark.IMAGE if found is None else read_image(found, place, root)
     if kind == "image_url":
         link = part.get("image_url")
-        return _image(link.get("url") if isinstance(link, dict) else link, place, root)
-    raise _Fault(f"{place} has the type {_short(kind)}", "task=chat reads text, image and image_url.")
+        return read_image(link.get("url") if isinstance(link, dict) else link, place, root)
+    if Mark.VIDEO not in marks:
+        raise Fault(f"{place} has the type {short(kind)}", "task=chat reads text, image and image_url.")
+    if kind == "video":
+        found = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
+        return Mark.VIDEO if found is None else read_clip(part | {"path": found}, place, root)
+    if kind == "video_url":
+        link = part.get("video_url")
+        return read_clip(part | {"path": link.get("url") if isinstance(link, dict) else link}, place, root)
+    raise Fault(f"{place} has the type {short(kind)}", "Here are read text, image, image_url, video and video_url.")
 
 
-def _column(row: Mapping[str, Any], root: Path) -> tuple[list[Image], tuple[str, ...]]:
-    """The pictures of `image`, else of `images`; and what was ignored."""
-    one, many = row.get("image"), row.get("images")
-    key, found = ("image", one) if one else ("images", many)
-    both = one and many and many not in (one, [one])
-    ignored = ('"images" was ignored, as the row has "image" too',) if both else ()
-    if found is None:
-        return [], ()
-    if isinstance(found, list | tuple):
-        return [_image(item, f'"{key}"[{at}]', root) for at, item in enumerate(found)], ignored
-    return [_image(found, f'"{key}"', root)], ignored
-
-
-def _image(found: Any, place: str, root: Path) -> Image:
-    if isinstance(found, dict):
-        data, found = found.get("bytes"), found.get("path")
-        if data is not None:  # beside bytes a path is only a name
-            found = data
-            if not isinstance(data, bytes):
-                raise _Fault(f'"bytes" of {place} is {_kind(data)}', "Give bytes, or a path alone.")
-    if isinstance(found, bytes):
-        return Image(found)
-    if not isinstance(found, str):
-        raise _Fault(f"{place} is {_kind(found)}", 'Give a path, or {"path": ..., "bytes": ...}.')
-    if found.startswith("data:"):
-        return Image(_data_uri(found, place))
-    if "://" in found:
-        raise _Fault(f"{place} is a link ({_short(found)})", "Download the picture and give the file's path.")
-    if not found:
-        raise _Fault(f"{place} is an empty path", "Give the file's path, or take the picture out of the row.")
-    return Image(root / found)
-
-
-def _data_uri(uri: str, place: str) -> bytes:
-    head, _, body = uri.partition(",")
-    if not head.endswith(";base64"):
-        raise _Fault(f"{place} is a data: URI without ;base64: {_short(uri)}", "Encode it as base64.")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _Fault(f"{place} is a data: URI that is not base64 ({error})", "Encode it again.") from None
+def _count_of(turns: _Turns, mark: Mark) -> int:
+    return sum([parts.count(mark) for _, parts in turns])
 
 
 def _marks_as_text(row: Mapping[str, Any], turns: _Turns) -> tuple[str, ...]:
     """In a row without pictures or typed parts "<image>" is what someone wrote; turns it back into text and says so."""
-    if not any(None in parts for _, parts in turns):
+    if not _count_of(turns, Mark.IMAGE):
         return ()
-    if any(isinstance(value, list | tuple) for turn in _listed(row) for value in turn.values()):
+    listed = next((row[key] for key in TURNS if row.get(key) is not None), ())
+    if any(isinstance(value, list | tuple) for turn in listed for value in turn.values()):
         return ()
     for _, parts in turns:
-        parts[:] = _merge(MARK if part is None else part for part in parts)
+        parts[:] = _merge(part.value if part is Mark.IMAGE else part for part in parts)
     return ('"<image>" was read as text, as the row has no picture',)
 
 
-def _pair(turns: _Turns, images: list[Image]) -> tuple[Turn, ...]:
-    """Put the row's pictures in the places of the marks, in reading order; missing marks go in front."""
-    marks = sum([parts.count(None) for _, parts in turns])
-    if marks > len(images):
-        counts = f"{_count(len(images), 'image')} but {_count(marks, MARK + ' mark')} in the turns"
-        raise _Fault(counts, f"Add the picture or remove the mark. {PAIRING}")
-    missing = len(images) - marks
-    if missing and any(isinstance(part, Image) for _, parts in turns for part in parts):
-        # The turns hold pictures too: the column may list the same ones again, so do not guess.
-        counts = f"{_count(len(images), 'image')} beside the turns but {_count(marks, 'mark')} for them"
-        raise _Fault(counts, f'Add a {{"type": "image"}} part, or drop the image from the row. {PAIRING}')
-    first = next(parts for role, parts in turns if role == "user")
-    first[:0] = [None] * missing
-    pictures = iter(images)
+def _marks_for_clips(turns: _Turns, videos: list[Video]) -> tuple[str, ...]:
+    """Data made for video models often marks a clip as "<image>": read so where the numbers agree, and said."""
+    if not videos or _count_of(turns, Mark.VIDEO) or _count_of(turns, Mark.IMAGE) != len(videos):
+        return ()
     for _, parts in turns:
-        if None in parts:
-            parts[:] = [next(pictures) if part is None else part for part in parts]
-    return tuple([Turn(role, tuple(cast("list[str | Image]", parts))) for role, parts in turns])
+        parts[:] = [Mark.VIDEO if part is Mark.IMAGE else part for part in parts]
+    return ('"<image>" was read as the place of a clip, as the row has no picture',)
+
+
+def _pair(turns: _Turns, media: _Media) -> tuple[Turn, ...]:
+    """Put the row's media in the places of their marks, in reading order; missing marks go in front."""
+    front: _Parts = []
+    for mark, found in media.items():
+        noun = mark.value[1:-1]
+        marks = _count_of(turns, mark)
+        if marks > len(found):
+            counts = f"{_count(len(found), noun)} but {_count(marks, mark.value + ' mark')} in the turns"
+            missing_one = "picture" if mark is Mark.IMAGE else "clip"
+            raise Fault(counts, f"Add the {missing_one} or remove the mark. Marks and {noun}s pair up in order.")
+        missing = len(found) - marks
+        if missing and any(isinstance(part, Image | Video) for _, parts in turns for part in parts):
+            # The turns hold pictures too: the column may list the same ones again, so do not guess.
+            counts = f"{_count(len(found), noun)} beside the turns but {_count(marks, 'mark')} for them"
+            remedy = f'Add a {{"type": "{noun}"}} part, or drop the {noun} from the row.'
+            raise Fault(counts, f"{remedy} Marks and {noun}s pair up in order.")
+        front += [mark] * missing
+    first = next(parts for role, parts in turns if role == "user")
+    first[:0] = front
+    places = {mark: iter(found) for mark, found in media.items()}
+    for _, parts in turns:
+        if any(mark in parts for mark in media):
+            parts[:] = [next(places[part]) if isinstance(part, Mark) else part for part in parts]
+    return tuple([Turn(role, tuple(cast("list[str | Image | Video]", parts))) for role, parts in turns])
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
-
-
-def _kind(value: object) -> str:
-    """The JSON name of a value's type, as "a list"."""
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    names |= {bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")

@@ -16,7 +16,8 @@ import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
 from ..errors import DataError, SampleError
-from ..recipe import SourceRecipe
+from ..recipe import SourceRecipe, Task
+from .sample import Sample
 from .schema import parse
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -24,24 +25,29 @@ SPLITS = {"train", "val", "validation", "valid", "dev", "test", "eval"}
 SHUFFLE_SEED = 42  # upstream's
 
 # The keys of a data_config.yaml: those a source has too, those read here, and those that are set elsewhere.
-SAME = ("path", "name", "split", "revision", "weight", "max_size", "shuffle", "max_num_images", "vl_only")
-READ = (*SAME, "format", "type")
+SAME = ("path", "name", "split", "revision", "weight", "max_size", "shuffle", "max_num_images", "media_dir", "vl_only")
+READ = (*SAME, "format", "type", "video_dir")
 ELSEWHERE = {
     "max_seq_len": "set packing.max_length",
     "max_image_size": "set media.max_image_size",
     "sample_ratio": "set weight",
     "packing_same_mm_media": "remove it: packs are planned by length",
     "offline_sha": "remove it: datasets finds its cache without",
-    **dict.fromkeys(("max_num_frames", "num_frames", "fps", "video_dir", "sampling"), "it is for task=video"),
+    **dict.fromkeys(("max_num_frames", "num_frames"), "set media.num_frames, and remove it"),
+    "fps": "set media.fps and media.max_frames, and remove it",
+    "sampling": "set media.sampling, and remove it",
 }
-TASKS = {"chat_video": "video", "classification": "classify", "qwen2_video_classification": "classify"}
+TASKS = {"chat": "chat", "chat_video": "video", "classification": "classify", "qwen2_video_classification": "classify"}
 
 
 class Rows:
     """The kept rows of one source, read one at a time.
 
-    `selected` (N,) holds their positions in the source; `dropped` counts the rows each setting left out.
+    `selected` (N,) holds their positions in the source; `dropped` counts the rows each setting left out; `task` is how
+    they are read.
     """
+
+    task: Task = "chat"
 
     def __init__(self, name: str, root: Path, records: Any, decode: Any = None, numbers: Any = None) -> None:
         if not len(records):
@@ -72,6 +78,10 @@ class Rows:
             raise SampleError(self.where(i), found, 'Give {"images": [...], "messages": [...]}.')
         return row
 
+    def sample(self, i: int) -> Sample:
+        """The row, read. Raises SampleError."""
+        return parse(self.row(i), self.where(i), self.root, self.task)
+
     def select(self, spec: SourceRecipe) -> Rows:
         """Keep the rows that the settings ask for, in order; raises DataError when none is left."""
         if spec.shuffle:
@@ -89,7 +99,8 @@ class Rows:
 
     def _pictures(self, i: int) -> int:
         try:
-            return len(parse(self.row(i), self.where(i), self.root).images)
+            sample = self.sample(i)
+            return len(sample.images) + len(sample.videos)
         except SampleError:
             return -1  # a bad row is kept, so that whoever reads it hears what is wrong
 
@@ -98,20 +109,25 @@ class Rows:
         self.dropped |= {setting: int(dropped.sum()) for setting, dropped in rows.items() if dropped.any()}
 
 
-def open_source(spec: SourceRecipe) -> Rows:
-    """Open what `spec.path` names and keep the rows its settings ask for; raises DataError.
+def open_source(spec: SourceRecipe, task: Task = "chat") -> Rows:
+    """Open what `spec.path` names for a task and keep the rows its settings ask for; raises DataError.
 
     A file (.json or .jsonl, with .gz or without; .parquet), a folder of Parquet, a folder of
     `Dataset.save_to_disk`, or user/name[:config][:split] on the Hub.
     """
     path = Path(spec.path)
     if path.is_dir():
-        return _open_folder(path, spec).select(spec)
-    return (_open_file(path, spec) if path.is_file() else _open_hub(spec)).select(spec)
+        rows = _open_folder(path, spec)
+    else:
+        rows = _open_file(path, spec) if path.is_file() else _open_hub(spec)
+    rows.task = task
+    if spec.media_dir is not None:
+        rows.root = Path(spec.media_dir)
+    return rows.select(spec)
 
 
-def expand(path: str) -> list[dict[str, Any]]:
-    """The sources that a Mantis data_config.yaml lists, as SourceRecipe's fields; raises DataError."""
+def expand(path: str, task: Task = "chat") -> list[dict[str, Any]]:
+    """The sources that a Mantis data_config.yaml lists for a task, as SourceRecipe's fields; raises DataError."""
     try:
         config = YAML(typ="safe", pure=True).load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, YAMLError) as error:
@@ -119,16 +135,17 @@ def expand(path: str) -> list[dict[str, Any]]:
     entries = config.get("data") if isinstance(config, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
         raise _fault(path, "no list of sources", "Write them under `data:`, each with a path and format.")
-    problems = [f"data[{at}].{problem}" for at, entry in enumerate(entries) for problem in _problems(entry)]
+    problems = [f"data[{at}].{problem}" for at, entry in enumerate(entries) for problem in _problems(entry, task)]
     if problems:
         raise DataError("\n".join(f"{path}: {problem}" for problem in problems))
     return [_settings(entry, Path(path).parent) for entry in entries]
 
 
-def _problems(entry: dict[str, Any]) -> Iterator[str]:
+def _problems(entry: dict[str, Any], task: Task) -> Iterator[str]:
     form, kind, split = entry.get("format"), entry.get("type", "huggingface"), entry.get("split")
-    if form != "chat":
-        yield f"format: {form} belongs to task={TASKS.get(str(form), 'none')}; only chat is read here"
+    if TASKS.get(str(form)) != task:
+        here = ", ".join(name for name, of in TASKS.items() if of == task)
+        yield f"format: {form} belongs to task={TASKS.get(str(form), 'none')}; here is read {here}"
     if kind not in ("huggingface", "json", "jsonl"):
         yield f"type: {kind} is not known; write huggingface, json or jsonl"
     if split not in (None, "train"):
@@ -147,6 +164,8 @@ def _problems(entry: dict[str, Any]) -> Iterator[str]:
 
 def _settings(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings = {key: entry[key] for key in SAME if entry.get(key) is not None}
+    if entry.get("video_dir") is not None:
+        settings["media_dir"] = str(folder / entry["video_dir"])
     if entry.get("type", "huggingface") == "huggingface":
         return settings
     beside = folder / entry["path"]  # or else in the working directory, as upstream

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 from ..errors import RecipeError
-from .schema import Image, Role, Sample, Turn
+from .sample import Image, Role, Sample, Turn, Video
 
 NEVER = sys.maxsize
 LabelRule = Literal["answer", "upstream"]
@@ -194,6 +194,18 @@ def prompt(sample: Sample, template: Template, system: str | None, wrap: Wrap) -
     return [piece._replace(loss_from=NEVER) for piece in pieces.finished()]
 
 
+def plain(sample: Sample, template: Template, wrap: Wrap) -> list[Piece]:
+    """Write what a sample's turns hold without headers or ends, as the original writes what is to be scored."""
+    pieces = _Pieces(wrap, bool(sample.images))
+    if template.start:
+        pieces.add(template.start, False)
+    for turn in sample.turns:
+        for content in turn.content:
+            assert not isinstance(content, Video)
+            pieces.add(content, False)
+    return pieces.finished()
+
+
 def _turns(sample: Sample, template: Template, system: str | None, labels: LabelRule, wrap: Wrap) -> _Pieces:
     words = template.system if system is None else system
     turns = sample.turns
@@ -212,6 +224,7 @@ def _turns(sample: Sample, template: Template, system: str | None, labels: Label
             text = text.rstrip(" ")
         pieces.add_text(text, header_loss)
         for content in turn.content:
+            assert not isinstance(content, Video)  # laid out as pictures before
             pieces.add(content, answer)
         for part in template.ends[turn.role]:
             pieces.add(part, answer)

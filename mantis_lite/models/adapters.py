@@ -20,6 +20,9 @@ from .checkpoint import find_folder
 from .family import Family
 from .upstream import WHOLE, check_files, convert, is_upstream
 
+HEAD = "score"
+"""The module of a score head, which always learns, whole and in float32."""
+
 
 class PartSize(NamedTuple):
     """Parameters of a part, in all and those that train; a 4-bit weight counts as the parameters it stands for."""
@@ -42,7 +45,7 @@ def make_trainable(
     model.requires_grad_(False)
     if recipe.method == "full":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parts[part_of(name, family)] == "full")
+            parameter.requires_grad_(_is_head(name) or parts[part_of(name, family)] == "full")
     elif recipe.model.adapter:
         model = load_adapter(model, recipe.model.adapter, import_upstream)
     else:
@@ -116,6 +119,7 @@ def lora_config(
             f"  It has {', '.join(sorted(found))}."
         )
     targets = [_target(model, family, part, path, wanted[part]) for part in adapted for path in family.parts[part]]
+    scores = hasattr(model, HEAD)
     whole = [path for part, how in parts.items() if how == "full" for path in _own(model, family, part)]
     return LoraConfig(
         r=lora.r,
@@ -125,8 +129,10 @@ def lora_config(
         use_rslora=lora.rslora,
         init_lora_weights=True if lora.init == "default" else lora.init,
         target_modules="|".join(filter(None, targets)) or None,
-        modules_to_save=whole or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=[*whole, HEAD] if scores else whole or None,
+        # The labels' own tokens are new to the model: of the embeddings, theirs alone learn.
+        trainable_token_indices=getattr(model.config, "score_token_ids", None),
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         revision=revision,
     )
 
@@ -139,15 +145,19 @@ def part_of(name: str, family: Family) -> Part:
     return "language_model"
 
 
+def _is_head(name: str) -> bool:
+    return HEAD in name.split(".")
+
+
 def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
     """How many parameters each part has, and how many of them train."""
     sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights in a byte
-        part = part_of(name, family)
+        part = "score head" if _is_head(name) else part_of(name, family)
         sizes[part][0] += count
         sizes[part][1] += count if parameter.requires_grad else 0
-    return [PartSize(part, *sizes[part]) for part in family.parts]
+    return [PartSize(part, *sizes[part]) for part in (*family.parts, "score head") if part in sizes]
 
 
 def _own(model: PreTrainedModel, family: Family, part: Part) -> list[str]:
@@ -168,10 +178,10 @@ def _own(model: PreTrainedModel, family: Family, part: Part) -> list[str]:
 
 
 def _linear_layers(model: PreTrainedModel, family: Family) -> dict[Part, set[str]]:
-    """The last names of each part's linear layers; lm_head is none of them."""
+    """The last names of each part's linear layers; lm_head and a score head are none of them."""
     layers: dict[Part, set[str]] = {part: set() for part in family.parts}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, nn.Linear) and name not in ("lm_head", HEAD):
             layers[part_of(name, family)].add(name.rpartition(".")[2])
     return layers
 

@@ -16,12 +16,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import tiny
-from ..data.encode import Encoder
+from ..data.encode import Encoder, Score
+from ..data.frames import Frames
 from ..data.template import Token, choose_template
 from ..errors import RecipeError, one_line
 from ..recipe import MediaRecipe, ModelRecipe, Recipe
@@ -63,6 +64,11 @@ class Checkpoint:
     tokenizer: Tokenizer
     image_processor: BaseImageProcessor
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it is of a class with a score head, as VideoScore's is."""
+        return any(name.endswith("ForSequenceClassification") for name in self.published.get("architectures") or ())
+
     def copy_small_files(self, folder: Path) -> None:
         """Copy everything but the weights and their index, to the letter; a mended config.json as mended."""
         for file in (file for pattern in SMALL_FILES for file in self.folder.glob(pattern)):
@@ -85,14 +91,34 @@ class Checkpoint:
             )
         template = choose_template(recipe.prompt.template, family.templates, vocabulary)
         _refuse_another_start(self.tokenizer, template.end)
+        score = self._score(recipe)
         return Encoder(
-            tokenizer=self.tokenizer,
+            tokenizer=self._with_tokens(score) if score else self.tokenizer,
             template=template,
             vision=vision,
             system=recipe.prompt.system,
             labels=recipe.prompt.labels,
             max_image_size=None if family.scales or isinstance(cap := media.max_image_size, str) else cap,
+            frames=Frames(media, gap="" if score is None else " "),
+            score=score,
         )
+
+    def _score(self, recipe: Recipe) -> Score | None:
+        if recipe.task != "classify":
+            return None
+        return Score(tuple(recipe.head.labels or ()) if recipe.head.score == "special_tokens" else ())
+
+    def _with_tokens(self, score: Score) -> Tokenizer:
+        """The tokenizer with the labels' tokens, whose embeddings a checkpoint must have to spare, as Qwen's have."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in score.tokens])
+        rows = self.config.get_text_config().vocab_size
+        if tokenizer.get_vocab_size() > rows:
+            raise RecipeError(
+                f"head.score: special_tokens needs {len(score.tokens)} tokens more than the tokenizer has, "
+                f"and the model has {rows:,} embeddings, all in use\n  Set head.score=last_token."
+            )
+        return tokenizer
 
     def _refuse_what_it_lacks(self, recipe: Recipe) -> None:
         family, media, kind = self.family, recipe.media, self.config.model_type

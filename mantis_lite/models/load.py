@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import RecipeError
-from ..recipe import Recipe
-from .adapters import part_of
+from ..recipe import HeadRecipe, Recipe
+from .adapters import HEAD, part_of
 from .attention import use_attention
 from .checkpoint import Checkpoint, unreadable
 from .family import Family
+from .head import classifier_of, labels_of
 from .kernels import fuse
 
 
@@ -25,14 +29,22 @@ def working_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
-    """Load a checkpoint's weights for training under a recipe.
+def load_model(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    config: PreTrainedConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint's weights under a recipe, for training or in another `dtype`.
 
-    Full fine-tuning holds its weights in float32 and computes in the working dtype. Raises RecipeError where the
-    weights do not fit the architecture exactly.
+    Full fine-tuning holds its weights in float32 and computes in the working dtype. For task=classify, `config` states
+    the head, a fresh one where the checkpoint has none. Raises RecipeError where the weights do not fit the
+    architecture exactly.
     """
-    dtype = torch.float32 if recipe.method == "full" else working_dtype()
-    model, info = _from_pretrained(checkpoint, recipe, dtype)
+    dtype = dtype or (torch.float32 if recipe.method == "full" else working_dtype())
+    model, info = _from_pretrained(checkpoint, recipe, dtype, deepcopy(config or checkpoint.config))
+    if recipe.task == "classify" and not checkpoint.has_head:
+        info["missing_keys"] = set(info["missing_keys"]) - {f"{HEAD}.weight", f"{HEAD}.bias"}
     faults = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info[name]}
     if faults:
         found = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, first {keys[0]}" for name, keys in faults.items())
@@ -49,11 +61,42 @@ def load_model(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _from_pretrained(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+def stated_head(checkpoint: Checkpoint, recipe: Recipe) -> HeadRecipe | None:
+    """The head that a recipe trains, where its task has one; with the labels of a head that is there already.
+
+    Raises RecipeError where what is to be trained on scores something else, or does not say what.
+    """
+    if recipe.task != "classify":
+        return None
+    name, config = checkpoint.name, checkpoint.config if checkpoint.has_head else None
+    if recipe.model.adapter and (Path(recipe.model.adapter) / "config.json").is_file():
+        name, config = recipe.model.adapter, AutoConfig.from_pretrained(recipe.model.adapter)
+    if config is None:
+        return recipe.head
+    labels = labels_of(config, recipe.head, name)
+    if labels.problem != recipe.head.problem:
+        found = f"{recipe.head.problem}, and the head of {name} was trained for {labels.problem}"
+        raise RecipeError(f"head.problem: {found}\n  Set head.problem={labels.problem}.")
+    if recipe.head.labels is None and labels.names[0] == "LABEL_0":
+        found = f"the head of {name} has {len(labels.names)} labels and does not name them"
+        raise RecipeError(f"head.labels: {found}\n  State them, in its order.")
+    return recipe.head.model_copy(update={"labels": list(labels.names)})
+
+
+def placed(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """A batch where the model is, its pixels in the model's precision, however a family lays them out."""
+    cast = recursively_apply(lambda t: t.to(model.dtype) if t.is_floating_point() else t, batch)
+    return send_to_device(cast, model.device)
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, dict]:
+    auto = classifier_of(config) if recipe.task == "classify" else AutoModelForImageTextToText
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        return auto.from_pretrained(
             checkpoint.name,
-            config=deepcopy(checkpoint.config),
+            config=config,
             revision=checkpoint.revision,
             dtype=dtype,
             quantization_config=_quantization(checkpoint.family, recipe, dtype),
@@ -76,7 +119,7 @@ def _quantization(family: Family, recipe: Recipe, dtype: torch.dtype) -> BitsAnd
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         # A list given replaces the default one, which keeps lm_head; names are whole prefixes.
-        llm_int8_skip_modules=["lm_head", *skipped],
+        llm_int8_skip_modules=["lm_head", HEAD, *skipped],
     )
 
 
@@ -85,6 +128,9 @@ def _check_quantized(model: PreTrainedModel, family: Family, recipe: Recipe) -> 
     from bitsandbytes.nn import Linear4bit
 
     for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            # Or on some CPUs it computes otherwise once it no longer trains, and fails on layers of an odd width.
+            module.support_avx512bf16_for_cpu = False
         if isinstance(module, nn.Linear):
-            wanted = name != "lm_head" and part_of(name, family) in recipe.quantized
+            wanted = name not in ("lm_head", HEAD) and part_of(name, family) in recipe.quantized
             assert isinstance(module, Linear4bit) == wanted, f"{name} is quantised, or is not, against the recipe"

@@ -12,8 +12,9 @@ from ..data.dataset import Schedule, schedule
 from ..data.encode import IGNORE, Encoded, Encoder
 from ..data.packing import fill
 from ..data.prepare import Prepared, prepare
-from ..data.schema import Sample
+from ..data.sample import Sample
 from ..models.checkpoint import open_checkpoint
+from ..models.load import stated_head
 from ..recipe import Recipe
 
 
@@ -48,13 +49,15 @@ class Check:
     sample: Sample
     rendered: list[Stretch]
     trained_tokens: int
+    target: str | None
+    """What the sample's scores are to be, where they are what trains."""
 
 
 def check(recipe: Recipe) -> Check:
     """Read, measure and pack a recipe's data. Raises RecipeError, DataError, SampleError and FitError."""
     checkpoint = open_checkpoint(recipe.model)
     encoder = checkpoint.encoder(recipe)
-    prepared = prepare(recipe.data, recipe.packing, encoder)
+    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=stated_head(checkpoint, recipe))
     packs = schedule(prepared.train, recipe.packing, recipe.train)
     samples = prepared.train
     sample = samples[0]
@@ -74,6 +77,7 @@ def check(recipe: Recipe) -> Check:
         sample=sample,
         rendered=render_tokens(encoder, encoded),
         trained_tokens=int((encoded.labels != IGNORE).sum()),
+        target=_target(prepared),
     )
 
 
@@ -91,6 +95,16 @@ def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
             text = encoder.tokenizer.decode(encoded.input_ids[start:end].tolist(), skip_special_tokens=False)
         stretches.append(Stretch(text, bool(kinds[start] == 1)))
     return stretches
+
+
+def _target(prepared: Prepared) -> str | None:
+    """The first sample's target, by the labels' names."""
+    labels, targets = prepared.labels, prepared.train.targets
+    if labels is None or targets is None:
+        return None
+    if labels.problem == "single_label":
+        return labels.names[targets[0]]
+    return ", ".join(f"{name} {value:g}" for name, value in zip(labels.names, targets[0], strict=True))
 
 
 def _spread(counts: np.ndarray) -> Spread:

@@ -28,7 +28,7 @@ from transformers import AutoImageProcessor, LlavaConfig, LlavaForConditionalGen
 
 from ..data.collate import Batch, collate
 from ..data.encode import Encoder
-from ..data.schema import Image, Sample, Turn
+from ..data.sample import Image, Sample, Turn
 from ..data.template import LLAMA_3, Wrap, render
 from ..generate import answer
 from ..models.attention import use_attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,14 @@ def how_many(rng: random.Random) -> Exercise:
     return Exercise(things, f"How many images show {_named(thing)}?", str(shown))
 
 
+def how_many_alike(rng: random.Random) -> Exercise:
+    """How many of three pictures show the same as a first, none to all; Tiny Mantis was never asked this."""
+    thing, alike = rng.choice(THINGS), rng.randint(0, 3)
+    others = [thing] * alike + [other_than(thing, rng) for _ in range(3 - alike)]
+    rng.shuffle(others)
+    return Exercise([thing, *others], "How many images show the same as image 1?", str(alike))
+
+
 def compare(rng: random.Random) -> Exercise:
     """Whether each picture shows the same as a given one, in order."""
     thing = rng.choice(THINGS)
@@ -97,28 +105,48 @@ def other_than(thing: Thing, rng: random.Random) -> Thing:
 
 def row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str, Any]:
     """The exercise as a row of chat data, with the paths of its pictures."""
-    marks = "<image>" * len(exercise.things)
     return {
         "id": name,
         "images": list(images),
         "conversations": [
-            {"from": "human", "value": marks + exercise.question},
+            {"from": "human", "value": _asked(exercise)},
             {"from": "gpt", "value": exercise.answer},
         ],
     }
 
 
-def write(folder: Path, rows: int, held_out: int, seed: int) -> None:
-    """Write an odd-one-out data set: `train.jsonl` and `held_out.jsonl`, sharing no picture, and their PNG files."""
+def class_row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str, Any]:
+    """The exercise as a row of classification data: its answer is the class."""
+    return {"id": name, "images": list(images), "prompt": _asked(exercise), "label": exercise.answer}
+
+
+def number_row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str, Any]:
+    """The exercise as a row of regression data: its answer is a number."""
+    return {"id": name, "images": list(images), "prompt": _asked(exercise), "label": float(exercise.answer)}
+
+
+def write(
+    folder: Path,
+    rows: int,
+    held_out: int,
+    seed: int,
+    exercise: Callable[[random.Random], Exercise] = odd_one_out,
+    as_row: Callable[[str, Exercise, Sequence[str]], dict[str, Any]] = row,
+) -> None:
+    """Write a data set of an exercise: `train.jsonl` and `held_out.jsonl`, sharing no picture, and their PNG files."""
     for split, count in (("train", rows), ("held_out", held_out)):
         rng = random.Random(f"{seed} {split}")
         files = _write_pictures(folder, Path("pictures") / split, rng)
-        exercises = (odd_one_out(rng) for _ in range(count))
+        drawn = (exercise(rng) for _ in range(count))
         lines = [
-            json.dumps(row(f"{split}_{at}", exercise, [rng.choice(files[thing]) for thing in exercise.things]))
-            for at, exercise in enumerate(exercises)
+            json.dumps(as_row(f"{split}_{at}", found, [rng.choice(files[thing]) for thing in found.things]))
+            for at, found in enumerate(drawn)
         ]
         (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def _asked(exercise: Exercise) -> str:
+    return "<image>" * len(exercise.things) + exercise.question
 
 
 def _write_pictures(folder: Path, inside: Path, rng: random.Random) -> dict[Thing, list[str]]:

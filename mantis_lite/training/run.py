@@ -1,9 +1,8 @@
-"""A Recipe -> a trained adapter or model in its run directory. The only file that knows the trainer."""
+"""A Recipe -> a trained adapter or model in its run directory."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +10,18 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from sklearn.utils.class_weight import compute_class_weight
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
 
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, schedule
 from ..data.encode import Encoder
@@ -22,11 +29,13 @@ from ..data.prepare import Prepared, prepare, write_rejects
 from ..errors import RecipeError, SampleError
 from ..models.adapters import PartSize, find_adapter, make_trainable, part_sizes
 from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.head import with_head
 from ..models.kernels import fused, require_liger
-from ..models.load import load_model, working_dtype
+from ..models.load import load_model, stated_head
 from ..recipe import Recipe, load_recipe, save_recipe
 from .callbacks import MetricsFile
 from .curve import draw_curve
+from .trainers import ChatTrainer, ScoreTrainer, arguments
 
 
 @dataclass
@@ -38,7 +47,9 @@ class Run:
     encoder: Encoder
     prepared: Prepared
     schedule: Schedule
-    trainer: SFTTrainer
+    trainer: Trainer
+    head: PreTrainedConfig | None
+    """The config that states a score head, where the task has one."""
 
     @property
     def notices(self) -> list[str]:
@@ -64,11 +75,16 @@ class Run:
 
     def save(self) -> Path:
         """Save the adapter as PEFT does, or the model in its published layout; returns the folder."""
-        folder = self.recipe.run_dir / ("model" if self.recipe.method == "full" else "adapter")
+        full = self.recipe.method == "full"
+        folder = self.recipe.run_dir / ("model" if full else "adapter")
         self.trainer.model.save_pretrained(folder)
-        if self.recipe.method == "full":
+        if full:
             # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
             self.checkpoint.copy_small_files(folder)
+        if self.head is not None:
+            self.head.save_pretrained(folder)  # what the scores are; beside an adapter PEFT takes no notice of it
+            if self.encoder.score and self.encoder.score.tokens:
+                self.encoder.tokenizer.save(str(folder / "tokenizer.json"))
         return folder
 
 
@@ -92,15 +108,17 @@ def start(
         find_adapter(recipe.model.adapter, import_upstream)
     checkpoint = open_checkpoint(recipe.model)
     encoder = checkpoint.encoder(recipe)
-    prepared = prepare(recipe.data, recipe.packing, encoder)
+    head_recipe = stated_head(checkpoint, recipe)
+    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head_recipe)
     packs = schedule(prepared.train, recipe.packing, recipe.train)
     _open_run_dir(recipe, from_scratch)
     (recipe.run_dir / "rejects.jsonl").unlink(missing_ok=True)
     write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
-    arguments = _arguments(recipe, packs, prepared.held_out is not None)
-    set_seed(arguments.seed)  # the trainer's own comes too late for an adapter's first values
-    model = make_trainable(load_model(checkpoint, recipe), recipe, checkpoint.family, import_upstream)
-    trainer = _trainer(recipe, arguments, checkpoint, encoder, prepared, packs, model)
+    training_arguments = arguments(recipe, packs, prepared.held_out is not None)
+    set_seed(training_arguments.seed)  # the trainer's own comes too late for an adapter's first values
+    head = _head(recipe, checkpoint, encoder, prepared)
+    model = make_trainable(load_model(checkpoint, recipe, head), recipe, checkpoint.family, import_upstream)
+    trainer = _trainer(recipe, training_arguments, checkpoint, encoder, prepared, packs, model)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
             parameter.data = parameter.data.float()
@@ -110,7 +128,7 @@ def start(
     tokens = np.array([prepared.train.lengths[pack, 0].sum() for pack in packs.packs])
     for callback in (MetricsFile(recipe.run_dir / "metrics.jsonl", packs, tokens), *callbacks):
         trainer.add_callback(callback)
-    return Run(recipe, checkpoint, encoder, prepared, packs, trainer)
+    return Run(recipe, checkpoint, encoder, prepared, packs, trainer, head)
 
 
 def train(
@@ -121,13 +139,6 @@ def train(
 ) -> Path:
     """Train a recipe; returns the folder of the adapter, or of the model where the method is full."""
     return start(recipe, callbacks, from_scratch, import_upstream).train()
-
-
-class _Trainer(SFTTrainer):
-    """TRL's trainer, reporting nothing home."""
-
-    def _send_telemetry(self) -> None:
-        pass
 
 
 def _refuse_another(recipe: Recipe) -> None:
@@ -150,66 +161,53 @@ def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
     save_recipe(recipe, run_dir / "recipe.yaml")
 
 
+def _head(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> PreTrainedConfig | None:
+    """The config that states the score head to train: its labels, class weights and tokens."""
+    labels = prepared.labels
+    if labels is None:
+        return None
+    weights = recipe.head.class_weights
+    if weights == "balanced":
+        weights = _balanced(prepared)
+    tokens = encoder.score.tokens if encoder.score else ()
+    return with_head(checkpoint.config, labels, weights, [encoder.token_id(token) for token in tokens])
+
+
+def _balanced(prepared: Prepared) -> list[float]:
+    """Weights that make up for how often classes, or a label's yes and no, occur in training, as in scikit-learn."""
+    targets, labels = prepared.train.targets, prepared.labels
+    assert targets is not None and labels is not None
+    if labels.problem == "single_label":
+        found = np.unique(targets)
+        weights = dict(zip(found, compute_class_weight("balanced", classes=found, y=targets), strict=True))
+        return [float(weights.get(at, 1.0)) for at in range(len(labels.names))]
+    positive = targets.mean(0)
+    return [float((1 - share) / share) if share else 1.0 for share in positive]
+
+
 def _trainer(
     recipe: Recipe,
-    arguments: SFTConfig,
+    training_arguments: TrainingArguments,
     checkpoint: Checkpoint,
     encoder: Encoder,
     prepared: Prepared,
     packs: Schedule,
     model: PreTrainedModel,
-) -> SFTTrainer:
+) -> Trainer:
     broken = _Broken(recipe, prepared)
-    held_out = prepared.held_out
-    return _Trainer(
+    train, held_out = prepared.train, prepared.held_out
+    evaluated = held_out and pack_dataset(
+        pack_epoch(held_out, recipe.packing), held_out, encoder, broken, held_out.targets
+    )
+    kind = ChatTrainer if prepared.labels is None else partial(ScoreTrainer, prepared.labels)
+    return kind(
         model=model,
-        args=arguments,
+        args=training_arguments,
         data_collator=partial(collate_packs, vision=encoder.vision),
-        train_dataset=pack_dataset(packs.packs, prepared.train, encoder, broken),
-        eval_dataset=held_out and pack_dataset(pack_epoch(held_out, recipe.packing), held_out, encoder, broken),
+        train_dataset=pack_dataset(packs.packs, train, encoder, broken, train.targets),
+        eval_dataset=evaluated,
         processing_class=AutoTokenizer.from_pretrained(checkpoint.folder),
     )
-
-
-def _arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> SFTConfig:
-    """TrainingArguments of a run: the recipe's own, and those the pack contract fixes. Raises RecipeError."""
-    gpu = torch.cuda.is_available()
-    dtype = working_dtype()
-    checkpointing = recipe.memory.checkpointing == "full" or (recipe.memory.checkpointing == "auto" and gpu)
-    own = {k: v for k, v in recipe.train.items() if k not in ("tokens_per_step", "samples_per_step")}
-    defaults = {
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": not gpu,
-        "dataloader_num_workers": min(4, os.cpu_count() or 1) if gpu else 0,
-        "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0.0
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "eval_strategy": "steps" if recipe.eval.every else "epoch" if evaluates else "no",
-        "eval_steps": recipe.eval.every,
-    }
-    fixed = {
-        "output_dir": str(recipe.run_dir),
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": packs.accumulation,
-        "max_steps": packs.steps,
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",  # the plan has shuffled the packs
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-    }
-    if recipe.memory.optimizer != "auto":
-        fixed["optim"] = recipe.memory.optimizer
-    try:
-        return SFTConfig(**(defaults | own | fixed))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"train: {error}\n  Mend the value; keys are TrainingArguments' own.") from None
 
 
 class _Broken:

@@ -1,0 +1,132 @@
+"""What a recipe's keys say against each other, or against what can be done: one line a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recipe import Recipe, Section
+
+# Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
+UNBUILT = {
+    "trainable.lr": "one learning rate for all parts: train.learning_rate",
+    "memory.offload_activations": "not available yet",
+    "memory.vision_cache": "not available yet",
+    "memory.fit": "not available yet",
+    "eval.benchmarks": "not available yet",
+    "eval.metric": "not available yet",
+    "eval.patience": "not available yet",
+    "launch": "one GPU only for now",
+}
+
+CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "frame_label")
+
+
+def conflicts(recipe: Recipe) -> Iterator[str]:
+    """Everything that is wrong with a recipe whose keys are each right by themselves."""
+    for check in (_unbuilt, _part_conflicts, _method_conflicts, _media_conflicts, _head_conflicts):
+        yield from check(recipe)
+
+
+def _unbuilt(recipe: Recipe) -> Iterator[str]:
+    for key, reason in UNBUILT.items():
+        value, default = recipe, type(recipe).model_construct()
+        for name in key.split("."):
+            value, default = getattr(value, name), getattr(default, name)
+        if value != default:
+            yield f"{key}: {reason}"
+
+
+def _part_conflicts(recipe: Recipe) -> Iterator[str]:
+    for name, training in recipe.parts.items():
+        if training == "full" and name in recipe.quantized:
+            yield f"trainable.{name}: full, but the part is held in 4 bits, which cannot be trained\n  " + (
+                f"Set trainable.{name}=adapter, or method=lora."
+            )
+        elif training == "adapter" and recipe.method == "full":
+            yield f"trainable.{name}: adapter, but method=full trains no adapter\n  Set method=lora."
+        elif training == "full" and name == "language_model" and recipe.method != "full":
+            yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
+    frozen = set(recipe.parts.values()) == {"frozen"}
+    if frozen and not (recipe.task == "classify" and recipe.method == "full"):  # a head alone can learn
+        yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
+    elif recipe.method != "full" and "adapter" not in recipe.parts.values():
+        yield f"trainable: no part takes an adapter, but method={recipe.method}\n  Set method=full."
+
+
+def _method_conflicts(recipe: Recipe) -> Iterator[str]:
+    if recipe.method == "full" and recipe.model.adapter:
+        yield "model.adapter: has no effect with method=full\n  Set method=lora, or merge the adapter into its base."
+    if recipe.method == "full" and (changed := _changed(recipe.lora)):
+        yield f"lora.{changed[0]}: has no effect with method=full\n  Set lora=null, or method=lora."
+    if recipe.quantized and recipe.method != "qlora":
+        yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
+    if recipe.method == "qlora" and recipe.quantized != ["language_model"]:
+        yield f"memory.quantize: {recipe.quantized}\n  Only [language_model] can be quantised for now."
+    if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:
+        found = recipe.data.eval
+        yield f"data.eval: expected a share between 0 and 1, or a file, found {found}\n  Write data.eval=0.05."
+    if recipe.eval.every and recipe.data.eval is None:
+        yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."
+
+
+def _media_conflicts(recipe: Recipe) -> Iterator[str]:
+    media = recipe.media
+    of_clips = [key for key in _changed(media) if key in CLIP_KEYS]
+    if of_clips and recipe.task == "chat":
+        yield f"media.{of_clips[0]}: has no effect with task=chat, which has pictures only\n  Set task=video."
+        return
+    if recipe.task == "video" and media.num_frames is None and media.fps is None:
+        yield "media.num_frames: task=video needs to know how many frames of a clip to take\n  Set media.num_frames=8."
+    if media.num_frames is not None and media.fps is not None:
+        yield "media.fps: beside media.num_frames, which says how many frames already\n  Leave one of them out."
+    if (media.fps is None) != (media.max_frames is None):
+        yield "media.fps: it and media.max_frames, the most frames of a clip, go together\n  Set both or neither."
+    if media.end is not None and media.end <= (media.start or 0):
+        yield f"media.end: {media.end:g} s is no later than the start\n  Mend media.start or media.end."
+    if media.sampling == "upstream" and (media.start, media.end) != (None, None):
+        yield "media.start: media.sampling=upstream takes whole clips\n  Leave out media.start and media.end."
+    if media.frame_label is not None and (fault := _label_fault(media.frame_label)):
+        yield f"media.frame_label: {fault}\n  Write it as {{time:.1f}}s or frame {{number}}."
+
+
+def _label_fault(label: str) -> str | None:
+    """What is wrong with the words before a frame, a format of its `time` in s and its `number`."""
+    try:
+        label.format(time=0.5, number=1)
+    except (IndexError, KeyError):
+        return f"{label!r} has a field that is neither time nor number"
+    except (ValueError, AttributeError) as error:
+        return f"{label!r} is not a format: {error}"
+    return None
+
+
+def _head_conflicts(recipe: Recipe) -> Iterator[str]:
+    head = recipe.head
+    if recipe.task != "classify":
+        if changed := _changed(head):
+            yield f"head.{changed[0]}: has no effect with task={recipe.task}\n  Set task=classify."
+        return
+    if head.problem is None:
+        yield "head.problem: missing\n  Set it to regression, single_label or multi_label."
+    if head.class_weights and head.problem == "regression":
+        yield "head.class_weights: numbers have no classes\n  Leave it out."
+    if head.labels and len(set(head.labels)) < len(head.labels):
+        yield "head.labels: a name is there twice\n  Name each label once."
+    if head.labels and isinstance(head.class_weights, list) and len(head.class_weights) != len(head.labels):
+        counts = f"{len(head.class_weights)} weights for {len(head.labels)} labels"
+        yield f"head.class_weights: {counts}\n  Give one a label."
+    if isinstance(head.class_weights, list) and not head.labels:
+        yield "head.class_weights: which is whose, is known where head.labels gives the order\n  State head.labels."
+    if head.score == "special_tokens" and not head.labels:
+        yield "head.labels: special_tokens writes the labels' names into the prompt\n  State head.labels."
+    unused = ["labels"] if head.score == "special_tokens" else ["template", "system", "labels"]
+    if changed := [key for key in _changed(recipe.prompt) if key in unused]:
+        yield f"prompt.{changed[0]}: has no effect with task=classify, head.score={head.score}\n  Leave it out."
+
+
+def _changed(section: Section) -> list[str]:
+    """The keys of a section that differ from what they are by themselves."""
+    untouched = type(section)()
+    return [key for key in type(section).model_fields if getattr(section, key) != getattr(untouched, key)]

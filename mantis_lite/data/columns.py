@@ -1,0 +1,114 @@
+"""The pictures and clips that a row names, in its columns or as parts of a turn."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from .sample import Image, Video
+
+
+class Fault(Exception):
+    """What is wrong inside a row and what to do; `parse` adds which row."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        self.found, self.remedy = found, remedy
+
+
+def pictures_of(row: Mapping[str, Any], root: Path) -> tuple[list[Image], tuple[str, ...]]:
+    """The pictures of `image`, else of `images`; and what was ignored."""
+    one, many = row.get("image"), row.get("images")
+    key, found = ("image", one) if one else ("images", many)
+    both = one and many and many not in (one, [one])
+    ignored = ('"images" was ignored, as the row has "image" too',) if both else ()
+    if found is None:
+        return [], ()
+    if isinstance(found, list | tuple):
+        return [read_image(item, f'"{key}"[{at}]', root) for at, item in enumerate(found)], ignored
+    return [read_image(found, f'"{key}"', root)], ignored
+
+
+def clips_of(row: Mapping[str, Any], root: Path) -> list[Video]:
+    """The clips of `video`, else of `videos`."""
+    key = "video" if row.get("video") else "videos"
+    if row.get("video") and row.get("videos") and row["videos"] not in (row["video"], [row["video"]]):
+        raise Fault('"video" and "videos" name other clips', "Keep one of them.")
+    found = row.get(key)
+    if not found and isinstance(found, list | tuple | None):
+        return []
+    if isinstance(found, list | tuple):
+        return [read_clip(item, f'"{key}"[{at}]', root) for at, item in enumerate(found)]
+    return [read_clip(found, f'"{key}"', root)]
+
+
+def read_image(found: Any, place: str, root: Path) -> Image:
+    if isinstance(found, dict):
+        data, found = found.get("bytes"), found.get("path")
+        if data is not None:  # beside bytes a path is only a name
+            found = data
+            if not isinstance(data, bytes):
+                raise Fault(f'"bytes" of {place} is {kind_of(data)}', "Give bytes, or a path alone.")
+    if isinstance(found, bytes):
+        return Image(found)
+    if not isinstance(found, str):
+        raise Fault(f"{place} is {kind_of(found)}", 'Give a path, or {"path": ..., "bytes": ...}.')
+    return Image(_data_uri(found, place) if found.startswith("data:") else _path(found, place, root, "picture"))
+
+
+def read_clip(found: Any, place: str, root: Path) -> Video:
+    """A clip: a path, a list of its frames, or either as "path" or "video" beside "start" and "end" in s."""
+    start = end = None
+    if isinstance(found, dict):
+        start, end = (_seconds(found.get(key), f'"{key}" of {place}') for key in ("start", "end"))
+        found = found["video"] if found.get("path") is None and "video" in found else found.get("path")
+    if end is not None and end <= (start or 0):
+        raise Fault(f"{place} ends at {end:g} s, no later than it starts", 'Mend "start" and "end".')
+    if isinstance(found, list | tuple) and found:
+        if start is not None or end is not None:
+            raise Fault(f"{place} has a start or end, and frames have no times", "Give the frames that are meant.")
+        return Video(tuple(read_image(item, f"frame {at} of {place}", root) for at, item in enumerate(found, 1)))
+    if not isinstance(found, str):
+        raise Fault(f"{place} is {kind_of(found)}", 'Give a path, a list of frames, or {"path": ..., "start": s}.')
+    return Video(_path(found, place, root, "clip"), start, end)
+
+
+def _path(found: str, place: str, root: Path, kind: str) -> Path:
+    if "://" in found or found.startswith("data:"):
+        raise Fault(f"{place} is a link ({short(found)})", f"Download the {kind} and give the file's path.")
+    if not found:
+        raise Fault(f"{place} is an empty path", f"Give the file's path, or take the {kind} out of the row.")
+    return root / found
+
+
+def _seconds(found: Any, place: str) -> float | None:
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found) or found < 0:
+        raise Fault(f"{place} is {short(found)}", "Give seconds from the clip's beginning, 0 or more.")
+    return float(found)
+
+
+def _data_uri(uri: str, place: str) -> bytes:
+    head, _, body = uri.partition(",")
+    if not head.endswith(";base64"):
+        raise Fault(f"{place} is a data: URI without ;base64: {short(uri)}", "Encode it as base64.")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Fault(f"{place} is a data: URI that is not base64 ({error})", "Encode it again.") from None
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def kind_of(value: object) -> str:
+    """The JSON name of a value's type, as "a list"."""
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    names |= {bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
