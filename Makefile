@@ -27,6 +27,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.preparation
+	$(BIN)/python -m benchmarks.clips
 
 # On a machine with an NVIDIA GPU, in an environment that holds the package.
 bench-gpu:

@@ -31,13 +31,7 @@ from mantis_lite.training.run import start, train
 
 REAL = SHARED / "data/mantis-examples/classification/train.json"
 GOLDEN = SHARED / "golden/checkpoints"
-QUALITIES = [
-    "visual quality",
-    "dynamic degree",
-    "text-to-video alignment",
-    "factual consistency",
-    "temporal consistency",
-]
+QUALITIES = "visual quality, dynamic degree, text-to-video alignment, factual consistency, temporal consistency"
 
 
 def write(path: Path, labels: list, prompt="How is <image> beside <image>?", **more) -> str:

@@ -62,8 +62,7 @@ def _video(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[
     turns, notices = _turns(row, root, tuple(Mark))
     images, ignored = pictures_of(row, root)
     videos = clips_of(row, root)
-    typed = any(isinstance(part, Image | Video) for _, parts in turns for part in parts)
-    if images and not videos and not typed and not _count_of(turns, Mark.IMAGE):
+    if images and not videos and not _holds_media(turns) and not _count_of(turns, Mark.IMAGE):
         images, videos = [], [Video(tuple(images))]
     literal: tuple[str, ...] = ()
     if not images:
@@ -292,26 +291,35 @@ def _pair(turns: _Turns, media: _Media) -> tuple[Turn, ...]:
     """Put the row's media in the places of their marks, in reading order; missing marks go in front."""
     front: _Parts = []
     for mark, found in media.items():
-        noun = mark.value[1:-1]
         marks = _count_of(turns, mark)
-        if marks > len(found):
-            counts = f"{_count(len(found), noun)} but {_count(marks, mark.value + ' mark')} in the turns"
-            missing_one = "picture" if mark is Mark.IMAGE else "clip"
-            raise Fault(counts, f"Add the {missing_one} or remove the mark. Marks and {noun}s pair up in order.")
-        missing = len(found) - marks
-        if missing and any(isinstance(part, Image | Video) for _, parts in turns for part in parts):
-            # The turns hold pictures too: the column may list the same ones again, so do not guess.
-            counts = f"{_count(len(found), noun)} beside the turns but {_count(marks, 'mark')} for them"
-            remedy = f'Add a {{"type": "{noun}"}} part, or drop the {noun} from the row.'
-            raise Fault(counts, f"{remedy} Marks and {noun}s pair up in order.")
-        front += [mark] * missing
-    first = next(parts for role, parts in turns if role == "user")
-    first[:0] = front
-    places = {mark: iter(found) for mark, found in media.items()}
-    for _, parts in turns:
-        if any(mark in parts for mark in media):
+        if marks != len(found):
+            front += [mark] * _missing(turns, mark, marks, len(found))
+    if any(media.values()):
+        first = next(parts for role, parts in turns if role == "user")
+        first[:0] = front
+        places = {mark: iter(found) for mark, found in media.items()}
+        for _, parts in turns:
             parts[:] = [next(places[part]) if isinstance(part, Mark) else part for part in parts]
     return tuple([Turn(role, tuple(cast("list[str | Image | Video]", parts))) for role, parts in turns])
+
+
+def _missing(turns: _Turns, mark: Mark, marks: int, found: int) -> int:
+    """How many marks a row lacks for its pictures or clips; one too many is an error, and so is a guess."""
+    noun, pairing = mark.value[1:-1], f"Marks and {mark.value[1:-1]}s pair up in order."
+    if marks > found:
+        counts = f"{_count(found, noun)} but {_count(marks, mark.value + ' mark')} in the turns"
+        what = "picture" if mark is Mark.IMAGE else "clip"
+        raise Fault(counts, f"Add the {what} or remove the mark. {pairing}")
+    if _holds_media(turns):
+        # The turns hold pictures too: the column may list the same ones again, so do not guess.
+        counts = f"{_count(found, noun)} beside the turns but {_count(marks, 'mark')} for them"
+        remedy = f'Add a {{"type": "{noun}"}} part, or drop the {noun} from the row.'
+        raise Fault(counts, f"{remedy} {pairing}")
+    return found - marks
+
+
+def _holds_media(turns: _Turns) -> bool:
+    return any(isinstance(part, (Image, Video)) for _, parts in turns for part in parts)
 
 
 def _count(number: int, noun: str) -> str:
