@@ -84,6 +84,8 @@ def predict_command(
 
     found = predict(model, overrides or (), metrics, output)
     _show_rows(found.prepared, "to score")
+    for reject in found.prepared.rejects[:10]:
+        typer.echo(f"  rejected {reject}")
     if found.metrics is not None:
         _show_metrics(found.metrics)
     typer.echo(f"{len(found.samples):,} predictions in {found.file}")
@@ -207,7 +209,9 @@ def _show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
     for notice, count in prepared.notices.items():
         typer.echo(f"  notice, {count:,} times: {notice}")
     if prepared.labels is not None:
-        typer.echo(f"labels, {prepared.labels.problem}: {', '.join(prepared.labels.names)}")
+        from .data.labels import some
+
+        typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
 
 
 def _show_check(found: Check) -> None:

@@ -20,6 +20,9 @@ from sklearn.metrics import (
 from .data.encode import IGNORE
 from .data.labels import Labels
 
+MOST_NAMES, MOST_TABLES = 30, 40
+"""Classes that a confusion matrix names and counts cell by cell, and labels that are drawn, one matrix each."""
+
 Metrics = dict[str, float | None]
 """Numbers by name; None where one is not defined, as a correlation with what never changes."""
 
@@ -29,9 +32,11 @@ def score_metrics(labels: Labels, logits: np.ndarray, targets: np.ndarray) -> Me
 
     regression: mse, mae, spearman and pearson of each label, and their means. single_label: accuracy, macro_f1 and
     auroc, one class against the rest. multi_label: accuracy (all labels of a sample right), macro_f1, auroc and those
-    of each label.
+    of each label. Where scores are not finite, how many samples have such, and nothing else.
     """
     logits, targets = _known(logits, targets)
+    if odd := int((~np.isfinite(logits)).any(1).sum()):
+        return {"samples_with_scores_that_are_not_finite": odd}
     if labels.problem == "regression":
         return _regression(labels.names, logits, targets)
     if labels.problem == "single_label":
@@ -54,13 +59,18 @@ def draw_confusion(labels: Labels, logits: np.ndarray, targets: np.ndarray, path
     else:
         tables = dict(zip(labels.names, multilabel_confusion_matrix(targets, logits > 0), strict=True))
         names = ("no", "yes")
+    tables = dict(list(tables.items())[:MOST_TABLES])
     columns = min(4, len(tables))
     rows = -(-len(tables) // columns)
-    side = max(3.0, 1.5 + 0.5 * len(names))
+    side = min(15.0, max(3.0, 1.5 + 0.5 * len(names)))
     figure = Figure(figsize=(side * columns, side * rows), layout="constrained")
     for axes, (title, table) in zip(figure.subplots(rows, columns, squeeze=False).flat, tables.items(), strict=False):
-        display = ConfusionMatrixDisplay(table, display_labels=names)
-        display.plot(ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical" if len(names) > 3 else None)
+        if len(names) > MOST_NAMES:
+            axes.imshow(table, cmap="Blues")
+            title = f"{len(names):,} classes, by number"
+        else:
+            display = ConfusionMatrixDisplay(table, display_labels=names)
+            display.plot(ax=axes, colorbar=False, cmap="Blues", xticks_rotation="vertical" if len(names) > 3 else None)
         axes.set(title=title, xlabel="predicted", ylabel="labelled")
     figure.savefig(path, dpi=150)
 

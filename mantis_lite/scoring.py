@@ -18,7 +18,7 @@ from .data.collate import Batch, collate
 from .data.dataset import pack_epoch
 from .data.encode import Encoder
 from .data.labels import Labels
-from .data.prepare import Prepared, Samples, read_rows
+from .data.prepare import Prepared, Samples, read_rows, refuse_too_many, write_rejects
 from .errors import DataError, RecipeError, SampleError
 from .metrics import Metrics, draw_confusion, probabilities, score_metrics
 from .models.adapters import load_adapter
@@ -63,28 +63,55 @@ def predict(
     file = output or (Path(source) if _is_run(source) else Path()) / "predictions.jsonl"
     if not file.parent.is_dir():
         raise RecipeError(f"--output: there is no folder {file.parent}\n  Make it, or name another.")
+    if any(Path(of.path).resolve() == file.resolve() for of in recipe.data.sources):
+        raise RecipeError(f"--output: {file} holds the rows to score\n  Name another file.")
     scorer = open_scorer(source, recipe)
     labels = scorer.labels
     prepared = read_rows(recipe.data, recipe.packing, scorer.encoder, "classify", labels if metrics else None)
     samples, logits = _score(scorer, prepared)
-    found = None
+    rejects = file.with_suffix(".rejects.jsonl")
+    rejects.unlink(missing_ok=True)
+    if prepared.rejects:
+        write_rejects(prepared.rejects, rejects)
     with file.open("w") as lines:
         for line in _lines(prepared.train, labels, samples, logits):
             lines.write(json.dumps(line) + "\n")
-    if metrics:
-        assert prepared.train.targets is not None
-        targets = prepared.train.targets[samples]
-        found = score_metrics(labels, logits, targets)
-        file.with_suffix(".metrics.json").write_text(json.dumps(found, indent=2) + "\n")
-        if labels.problem != "regression":
-            draw_confusion(labels, logits, targets, file.with_suffix(".confusion.png"))
+    found = _measure(labels, logits, prepared.train, samples, file) if metrics else None
     return Predictions(prepared, labels, samples, logits, found, file)
+
+
+def _measure(labels: Labels, logits: np.ndarray, rows: Samples, samples: list[int], file: Path) -> Metrics:
+    """Metrics of the scored samples, written beside the predictions, and for classes their confusion matrix."""
+    assert rows.targets is not None
+    targets = rows.targets[samples]
+    found = score_metrics(labels, logits, targets)
+    file.with_suffix(".metrics.json").write_text(json.dumps(found, indent=2) + "\n")
+    if labels.problem != "regression":
+        draw_confusion(labels, logits, targets, file.with_suffix(".confusion.png"))
+    return found
 
 
 def recipe_of(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run, or what a model with a head needs of one. Raises RecipeError."""
-    if not _is_run(source):
-        own = {"model": str(source), "task": "classify", "method": "lora", "run_dir": "runs/predict"}
+    run = _is_run(source)
+    allowed = (
+        "data",
+        "packing",
+        "media",
+        "memory",
+        *(() if run else ("head.labels", "head.problem", "model.revision")),
+    )
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in allowed):
+            remedy = f"Set only {', '.join(allowed)}: the rest is as the model was trained."
+            raise RecipeError(f"{key}: has no effect on predictions\n  {remedy}")
+    if not any(override.startswith("data") for override in overrides):
+        raise RecipeError("data: no rows to score were given\n  Add data=new.json.")
+    if not run:
+        if (Path(source) / "adapter_config.json").is_file():
+            raise RecipeError(f"{source}: an adapter\n  Name the folder of its run.")
+        own = {"model": {"name": str(source)}, "task": "classify", "method": "lora", "run_dir": "runs/predict"}
         # As VideoScore, whose config does not say that its scores are numbers, was trained.
         return make_recipe(own | {"head": {"problem": "regression"}, "media": {"num_frames": 16}}, overrides)
     recipe = load_recipe(Path(source) / "recipe.yaml", overrides)
@@ -97,15 +124,22 @@ def recipe_of(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def open_scorer(source: str | Path, recipe: Recipe) -> Scorer:
     """Load a run's model, its adapter on it, or any model with a score head. Raises RecipeError."""
-    adapter, model = Path(source) / "adapter", Path(source) / "model"
-    trained = recipe.model if adapter.is_dir() else ModelRecipe(name=str(model if model.is_dir() else source))
-    checkpoint = open_checkpoint(trained)
-    if not (adapter.is_dir() or checkpoint.has_head):
-        raise RecipeError(f"{source}: a model without a score head\n  Name a run of task=classify, or another model.")
+    adapter, full = Path(source) / "adapter", Path(source) / "model"
+    if adapter.is_dir():
+        checkpoint = open_checkpoint(recipe.model)
+    elif full.is_dir():
+        checkpoint = open_checkpoint(ModelRecipe(name=str(full)))
+    else:
+        checkpoint = open_checkpoint(ModelRecipe(name=str(source), revision=recipe.model.revision))
+        if not checkpoint.has_head:
+            found = "a model without a score head"
+            raise RecipeError(f"{source}: {found}\n  Name a run of task=classify, or another model.")
     stated = AutoConfig.from_pretrained(adapter) if adapter.is_dir() else checkpoint.config
-    labels = labels_of(stated, recipe.head, str(source))
-    head = with_head(checkpoint.config, labels, score_token_ids=getattr(stated, "score_token_ids", None) or ())
-    loaded = load_model(checkpoint, recipe, head, working_dtype())
+    labels, tokens = labels_of(stated, recipe.head, str(source)), getattr(stated, "score_token_ids", None)
+    head = {"labels": list(labels.names), "score": "special_tokens" if tokens else "last_token"}
+    recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update=head)})
+    config = with_head(checkpoint.config, labels, score_token_ids=tokens or ())
+    loaded = load_model(checkpoint, recipe, config, working_dtype())
     if adapter.is_dir():
         loaded = load_adapter(loaded, str(adapter))
     if torch.cuda.is_available() and not recipe.quantized:
@@ -134,11 +168,16 @@ def _score(scorer: Scorer, prepared: Prepared) -> tuple[list[int], np.ndarray]:
         if batch:
             logits = scorer.model(**placed(batch, scorer.model)).logits
             scored |= dict(zip(members, logits.float().cpu().numpy(), strict=True))
+    refuse_too_many(prepared)
     if not scored:
-        first = prepared.rejects[0]
-        raise DataError(f"{scorer.recipe.data.sources[0].path}: no row could be scored; the first is\n  {first}")
+        raise DataError(f"no row could be scored; the first is\n  {prepared.rejects[0]}")
     order = sorted(scored)
-    return order, np.stack([scored[at] for at in order])
+    logits = np.stack([scored[at] for at in order])
+    if not np.isfinite(logits).all():
+        first = samples[order[int((~np.isfinite(logits)).any(1).argmax())]]
+        found = f"{first.where} has scores that are not finite"
+        raise RecipeError(f"model: {found}\n  Its training diverged: take an earlier checkpoint.")
+    return order, logits
 
 
 @dataclass(frozen=True)

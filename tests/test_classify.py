@@ -11,7 +11,7 @@ import pytest
 import torch
 from clips_made import make
 from helpers import SHARED, picture, recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -92,7 +92,7 @@ def test_a_head_trains_and_predicts_by_itself(llava_folder, tmp_path, problem, m
     config = AutoConfig.from_pretrained(folder)
     assert list(config.id2label.values()) == names and config.problem_type.startswith(problem)
     size = next(size for size in run.sizes if size.part == "score head")
-    assert size.trainable == 33 * len(names)
+    assert size.trainable == size.parameters == 33 * len(names)
     found = predict(tmp_path / "run", [f"data={data}"], metrics=True)
     lines = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [f"row {at}" for at in range(12)]
@@ -223,6 +223,15 @@ def test_a_token_of_its_own_for_each_label(folder_of, tmp_path):
     alone = predict(tmp_path / "run", [f"data={data}", "packing=off"], output=tmp_path / "alone.jsonl")
     np.testing.assert_allclose(found.logits, alone.logits, atol=1e-5)
     assert embeddings is not None and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    other = made | {"model": {"name": made["model"], "adapter": str(folder)}, "run_dir": str(tmp_path / "other")}
+    with pytest.raises(RecipeError, match=r"head.score: last_token, and the head of .* reads its labels otherwise"):
+        start(make_recipe(other | {"head": head | {"score": "last_token"}}))
+    full = {"method": "full", "run_dir": str(tmp_path / "full")}
+    train(make_recipe(made | full))
+    run, model = (
+        predict(tmp_path / name, [f"data={data}"], output=tmp_path / "p.jsonl") for name in ("full", "full/model")
+    )
+    np.testing.assert_allclose(run.logits, model.logits, atol=1e-6)
 
 
 def test_a_tokenizer_without_tokens_to_spare_is_refused(llava_folder, tmp_path):
@@ -240,10 +249,13 @@ def test_class_weights_are_those_of_the_classes(llava_folder, tmp_path):
     head = {"problem": "single_label", "class_weights": "balanced"}
     run = start(make_recipe(settings_of(llava_folder, data, tmp_path / "run", head=head)))
     assert run.trainer.model.config.class_weights == pytest.approx([12 / 18, 2.0])
-    several = write(tmp_path / "several.json", [["a"] * (at < 3) + ["b"] * (at < 6) for at in range(12)])
+    weighted = [{"path": data}, {"path": write(tmp_path / "dogs.json", ["dog"] * 3), "weight": 2.0}]
+    run = start(make_recipe(settings_of(llava_folder, weighted, tmp_path / "weighted", head=head)))
+    assert run.trainer.model.config.class_weights == pytest.approx([18 / 18, 18 / 18])
+    several = write(tmp_path / "several.json", [["a"] * (at < 3) + ["b"] * (at < 6) + ["c"] for at in range(12)])
     head = {"problem": "multi_label", "class_weights": "balanced"}
     run = start(make_recipe(settings_of(llava_folder, several, tmp_path / "other", head=head)))
-    assert run.trainer.model.config.class_weights == pytest.approx([3.0, 1.0])
+    assert run.trainer.model.config.class_weights == pytest.approx([3.0, 1.0, 1.0])
 
 
 def test_a_picture_that_breaks_later_leaves_a_pack_without_a_target(settings, tmp_path, llava_folder):
@@ -267,6 +279,14 @@ def test_a_picture_that_breaks_later_leaves_a_pack_without_a_target(settings, tm
         predict(tmp_path / "run", [f"data={data}", "data.on_bad_row=error"])
     found = predict(tmp_path / "run", [f"data={data}"])
     assert found.samples == [0, 1, 3] and [error.where for error in found.prepared.rejects] == ["rows.json:3"]
+    assert json.loads((tmp_path / "run/predictions.rejects.jsonl").read_text())["where"] == "rows.json:3"
+    rows = json.loads(Path(data).read_text())
+    Path(data).write_text(json.dumps([rows[2], rows[2], rows[0]]))
+    with pytest.raises(DataError, match="2 of 3 rows cannot be used"):
+        predict(tmp_path / "run", [f"data={data}"])
+    Path(data).write_text(json.dumps([rows[2]]))
+    with pytest.raises(DataError, match=r"no row could be scored; the first is\n  rows.json:1"):
+        predict(tmp_path / "run", [f"data={data}"])
 
 
 def test_a_run_stopped_at_a_checkpoint_goes_on_as_if_it_had_not(settings, tmp_path):
@@ -278,6 +298,45 @@ def test_a_run_stopped_at_a_checkpoint_goes_on_as_if_it_had_not(settings, tmp_pa
     stopped(recipe, 3)
     train(recipe)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "resumed"), rtol=1e-6)
+
+
+def test_a_run_goes_on_with_the_labels_it_was_started_with(llava_folder, tmp_path):
+    from test_train import stopped
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    data = write(tmp_path / "rows.json", ["cat", "dog", "cow"] * 4)
+    made = make_recipe(settings_of(llava_folder, data, tmp_path / "run", "single_label", train=saving))
+    stopped(made, 2)
+    assert json.loads((tmp_path / "run/labels.json").read_text())["names"] == ["cat", "cow", "dog"]
+    write(tmp_path / "rows.json", ["cat", "dog", "ant"] * 4)
+    with pytest.raises(
+        RecipeError, match=r"holds a run that scores cat, cow, dog, and the data has ant, cat, dog\n  State"
+    ):
+        train(made)
+    train(made, from_scratch=True)
+
+
+def test_scores_that_are_not_finite_are_no_predictions(settings, tmp_path):
+    folder = train(make_recipe(settings))
+    weights = load_file(folder / "adapter_model.safetensors")
+    (bias,) = (key for key in weights if key.endswith("score.bias"))
+    weights[bias] = weights[bias].clone().fill_(torch.inf)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="not finite"):
+        predict(tmp_path / "run", [f"data={settings['data']}"])
+
+
+def test_an_adapter_without_a_head_scores_nothing(settings, tmp_path):
+    chat = tmp_path / "chat.json"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat.write_text(json.dumps([{"messages": turns}] * 4))
+    made = settings | {"task": "chat", "head": {}, "data": str(chat), "run_dir": str(tmp_path / "chat")}
+    folder = train(make_recipe(made))
+    again = settings | {"model": {"name": settings["model"], "adapter": str(folder)}}
+    with pytest.raises(
+        RecipeError, match=r"model.adapter: .*adapter has no score head, so it is not one of task=classify"
+    ):
+        start(make_recipe(again))
 
 
 # A head that is there already.
@@ -369,8 +428,33 @@ def test_what_has_no_scores(llava_folder, tmp_path, source, message, monkeypatch
 
 def test_predictions_go_where_there_is_a_folder(scored_folder, tmp_path):
     data = write(tmp_path / "rows.json", LABELS["regression"])
+    with pytest.raises(RecipeError, match=r"--output: .*rows.json holds the rows to score\n  Name another file."):
+        predict(scored_folder, [f"data={data}"], output=tmp_path / "rows.json")
     with pytest.raises(RecipeError, match=r"--output: there is no folder .*no\n  Make it, or name another."):
         predict(scored_folder, [f"data={data}"], output=tmp_path / "no/p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "data: no rows to score were given\n  Add data=new.json."),
+        (
+            ["data=x", "lora.r=8"],
+            "lora.r: has no effect on predictions\n  Set only data, packing, media, memory, head.lab",
+        ),
+        (["data=x", "model.name=y"], "model.name: has no effect on predictions"),
+    ],
+)
+def test_what_predictions_do_not_depend_on_is_refused(scored_folder, words, message):
+    with pytest.raises(RecipeError) as caught:
+        predict(scored_folder, words)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_adapter_s_folder_is_not_its_run(settings, tmp_path):
+    folder = train(make_recipe(settings))
+    with pytest.raises(RecipeError, match=r"adapter: an adapter\n  Name the folder of its run."):
+        predict(folder, [f"data={settings['data']}"])
 
 
 def test_rows_need_no_labels_to_be_scored(scored_folder, tmp_path):
@@ -380,7 +464,7 @@ def test_rows_need_no_labels_to_be_scored(scored_folder, tmp_path):
         predict(scored_folder, [f"data={data}", "head.labels=[a, b]"], metrics=True, output=tmp_path / "p.jsonl")
     broken = json.dumps([{"prompt": 3}, {"prompt": 4}])
     (tmp_path / "broken.json").write_text(broken)
-    with pytest.raises(DataError, match="rows cannot be trained on"):
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
         predict(
             scored_folder, [f"data={tmp_path / 'broken.json'}", "data.on_bad_row=skip"], output=tmp_path / "p.jsonl"
         )

@@ -18,7 +18,6 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-import clips_made
 import numpy as np
 import pytest
 from clips_made import make, make_sound, number_of, sequential
@@ -179,10 +178,12 @@ def test_pixels_are_as_wide_as_high(aspect, size, clips, decoded, tmp_path):
     assert clips.header(turned).size == clips.at_times(turned, [0.5])[0].size == size[::-1]
 
 
-def test_a_picture_file_is_a_clip_of_one(clips, tmp_path):
-    path = make(tmp_path / "x.png", "png", 1)
-    assert clips.header(path).frames == 1
-    assert np.array_equal(clips.at_times(path, [0])[0], clips_made.drawn(0))
+@pytest.mark.parametrize("name", ["x.png", "x_%d.png"])
+def test_a_picture_is_no_clip_and_neither_is_a_pattern_of_their_names(clips, tmp_path, name):
+    make(tmp_path / "x.png", "png", 1)
+    (tmp_path / "x_1.png").write_bytes((tmp_path / "x.png").read_bytes())
+    with pytest.raises((ClipError, FileNotFoundError), match=r"^is a picture, not a clip$|no such file"):
+        clips.header(tmp_path / name)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])

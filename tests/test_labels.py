@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from helpers import by_size
 
 from mantis_lite.data.encode import Score
-from mantis_lite.data.labels import Labels, name_labels, read_labels
+from mantis_lite.data.labels import Labels, RowLabels, name_labels, read_labels, some
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.sample import Image, Sample, Turn, Video
 from mantis_lite.data.schema import parse
+from mantis_lite.data.source import open_source
 from mantis_lite.errors import DataError, SampleError
 from mantis_lite.recipe import DataRecipe, HeadRecipe, PackingRecipe, SourceRecipe
 
@@ -32,6 +34,7 @@ def read(row: dict) -> Sample:
         ({"prompt": "Is <image> as <image>?", "images": ["p.jpg", "q.jpg"]}, ("Is ", P, " as ", Q, "?")),
         ({"prompt": "<image>?", "images": ["p.jpg", "q.jpg"]}, (P, "?", Q, " ")),
         ({"prompt": "How good?", "video": "a.mp4"}, ("How good?", A, " ")),
+        ({"prompt": "<image> How?", "video": "a.mp4"}, (A, " How?")),
         ({"prompt": "<video>?", "video": "a.mp4", "images": ["p.jpg"]}, (A, "?", P, " ")),
         ({"prompt": "HTML's <image>"}, ("HTML's <image>",)),
         ({"images": ["p.jpg", "q.jpg"]}, (P, " ", Q, " ")),
@@ -77,7 +80,8 @@ def test_what_is_wrong_with_a_row(row, message):
     ],
 )
 def test_every_spelling_of_labels(problem, labels, values):
-    assert read_labels(read(ANY | labels), problem) == values
+    found = read_labels(read(ANY | labels), problem)
+    assert found == (values, isinstance(labels.get("labels"), dict), "rows.json:3", None)
 
 
 NAN = float("nan")
@@ -95,7 +99,8 @@ NAN = float("nan")
         ),
         ("regression", {"label": "good"}, "the label 'label' is 'good', not a number"),
         ("regression", {"labels": {"a": True}}, "the label 'a' is True, not a number"),
-        ("regression", {"labels": {"a": NAN}}, "the label 'a' is nan\n  Give a finite number."),
+        ("regression", {"labels": {"a": NAN}}, "the label 'a' is nan\n  Give a finite number, of at most 3.4e38."),
+        ("regression", {"label": 1e39}, "the label 'label' is 1e+39\n  Give a finite number"),
         ("regression", {"labels": {"a": float("inf")}}, "the label 'a' is inf"),
         ("regression", {"labels": ["a"]}, "the label 'label' is ['a'], not a number"),
         (
@@ -111,6 +116,7 @@ NAN = float("nan")
         ("multi_label", {"labels": "cat"}, "the labels are 'cat', not a list of those that hold"),
         ("multi_label", {"labels": {"cat": 2}}, "the label 'cat' is 2 where 0 or 1 is meant"),
         ("multi_label", {"labels": [NAN]}, "the label is nan, not a class"),
+        ("single_label", {"label": "\ud83d"}, "the label '\\ud83d' has half a character\n  Write its other half"),
     ],
 )
 def test_labels_that_are_none(problem, labels, message):
@@ -119,10 +125,16 @@ def test_labels_that_are_none(problem, labels, message):
     assert str(caught.value).startswith(f"rows.json:3: {message}")
 
 
+def rows_of(*values: dict) -> list[RowLabels]:
+    return [RowLabels(found, True, f"rows:{at}", None) for at, found in enumerate(values, 1)]
+
+
 def test_names_and_their_order():
-    numbers = [{"b": 1.0, "a": 2.0}, {"c": 1.0}]
+    numbers = rows_of({"b": 1.0, "a": 2.0}, {"c": 1.0})
     assert name_labels("regression", None, numbers).names == ("b", "a", "c")  # the first row's order, as upstream
-    classes = [{"dog": 1.0}, {"cat": 1.0}]
+    counted = rows_of({"10": 1.0}, {"2": 1.0}, {"x": 1.0}, {"0": 1.0})
+    assert name_labels("single_label", None, counted).names == ("0", "2", "10", "x")
+    classes = rows_of({"dog": 1.0}, {"cat": 1.0})
     assert name_labels("single_label", None, classes) == name_labels("single_label", None, classes[::-1])
     assert name_labels("single_label", None, classes).names == ("cat", "dog")
     assert name_labels("single_label", ["dog", "cat", "cow"], classes).names == ("dog", "cat", "cow")
@@ -174,7 +186,12 @@ def test_targets_stay_with_their_rows_when_some_are_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("problem", "labels", "settings", "message"),
     [
-        ("regression", [{"a": 1, "b": 1}, {"a": 1}], {}, "rows.json:2: no value for the label 'b'\n  Each row gives"),
+        (
+            "regression",
+            [{"a": 1, "b": 1}, {"a": 1}],
+            {},
+            "rows.json:2: no value for the label 'b', which rows.json:1 has\n",
+        ),
         ("regression", [{"a": 1}, {"a": 1, "b": 2}], {}, "rows.json:1: no value for the label 'b'"),
         (
             "regression",
@@ -195,8 +212,10 @@ def test_targets_stay_with_their_rows_when_some_are_held_out(tmp_path):
             "rows.json:3: the label 'cow' is none of cat",
         ),
         ("single_label", ["cat", "dog"], {"held_out": ["cow"]}, "held_out.json:1: the label 'cow' is none of cat, dog"),
-        ("single_label", ["cat", "cat"], {}, "labels: all 2 rows are of the class 'cat', so there is nothing to learn"),
-        ("single_label", ["cat"], {"stated": ["cat", "dog"]}, "labels: all 1 rows are of the class 'cat'"),
+        ("single_label", ["cat", "cat"], {}, "labels: all 2 rows to train on are of the class 'cat', so there"),
+        ("single_label", ["cat"], {"stated": ["cat", "dog"]}, "labels: all 1 rows to train on are of the class 'cat'"),
+        ("single_label", ["cat"] * 9 + ["dog"], {"eval": 0.9}, "labels: all 1 rows to train on are of the class"),
+        ("multi_label", [[], []], {}, "labels: no row has a label that holds\n  Add rows with labels."),
         (
             "multi_label",
             [["a"], ["a"]],
@@ -222,4 +241,18 @@ def test_a_bad_label_is_a_bad_row_like_any_other(tmp_path):
 
 def test_a_label_that_never_changes_is_said(tmp_path):
     found = prepared(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "b": 3}], "regression")
-    assert found.notices == {"the label 'a' has the same value as in every other row": 2}
+    assert found.notices == {"the label 'a' has the same value in every row to train on": 1}
+    absent = prepared(tmp_path, ["cat", "dog"], "single_label", stated=["cow", "cat", "dog"])
+    assert absent.notices == {"no row to train on is of the class cow": 1}
+
+
+def test_a_message_names_a_few_of_many():
+    assert some("abc") == "a, b, c" and some("abcdefghijklm") == "a, b, c, d, e, f, g, h, i, j and 3 more"
+
+
+def test_classes_of_a_dataset_go_by_their_names(tmp_path):
+    features = Features({"prompt": Value("string"), "label": ClassLabel(names=["dog", "cat"])})
+    made = Dataset.from_dict({"prompt": ["x", "y", "z"], "label": [1, 0, None]}, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    rows = open_source(SourceRecipe(path=str(tmp_path / "saved")), "classify")
+    assert [rows.sample(at).labels for at in range(3)] == ["cat", "dog", None]

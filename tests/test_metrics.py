@@ -72,6 +72,15 @@ def test_a_stand_in_without_target_counts_nowhere():
     assert score_metrics(classes, logits, which) == score_metrics(classes, logits[::2], which[::2])
 
 
+def test_scores_that_are_not_finite_are_counted():
+    for labels, targets in (
+        (Labels("regression", ("a",)), np.ones((3, 1))),
+        (Labels("single_label", ("a",)), np.zeros(3)),
+    ):
+        found = score_metrics(labels, np.array([[1.0], [np.nan], [np.inf]]), targets)
+        assert found == {"samples_with_scores_that_are_not_finite": 2}
+
+
 def test_probabilities():
     logits = RANDOM.normal(size=(4, 3))
     assert probabilities(Labels("single_label", ("a", "b", "c")), logits).sum(1) == pytest.approx(np.ones(4))
@@ -82,15 +91,16 @@ def test_probabilities():
     ("labels", "targets"),
     [
         (Labels("single_label", ("cat", "dog", "cow", "owl")), np.array([0, 1, 3])),
+        (Labels("single_label", tuple(map(str, range(300)))), np.arange(300)),
         (
             Labels("multi_label", ("a", "b", "c", "d", "e")),
             np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]),
         ),
     ],
-    ids=["classes", "several"],
+    ids=["classes", "many", "several"],
 )
 def test_a_confusion_matrix_is_a_picture(tmp_path, labels, targets):
-    logits = RANDOM.normal(size=(3, len(labels.names)))
+    logits = RANDOM.normal(size=(len(targets), len(labels.names)))
     draw_confusion(labels, logits, targets, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 24)) > 10

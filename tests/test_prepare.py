@@ -100,7 +100,7 @@ def test_more_than_one_in_a_hundred_is_an_error_all_the_same(tmp_path, rows, bad
         return
     with pytest.raises(DataError) as caught:
         ready(path, on_bad_row="skip")
-    share = f"{bad} of {rows} rows cannot be trained on ({bad / rows:.1%}), more than the 1% that may be skipped"
+    share = f"{bad} of {rows} rows cannot be used ({bad / rows:.1%}), more than the 1% that may be skipped"
     assert str(caught.value).startswith(f'{share}; the first is\n  rows.jsonl:1: "messages" is empty')
 
 

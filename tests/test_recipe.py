@@ -293,6 +293,10 @@ SCORED = {"task": "classify", "head": {"problem": "single_label"}}
             "head.labels: special_tokens writes the labels' names into the prompt\n  State head.labels.",
         ),
         (
+            SCORED | {"train": {"label_smoothing_factor": 0.1}},
+            "train.label_smoothing_factor: has no effect on a score head",
+        ),
+        (
             SCORED | {"prompt": {"system": "x"}},
             "prompt.system: has no effect with task=classify, head.score=last_token",
         ),

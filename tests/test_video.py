@@ -93,7 +93,11 @@ def test_every_spelling_is_the_same_sample(turns, speaker, text, user, assistant
         (row([{"type": "video"}, {"type": "text", "text": "What?"}], "x", video="a.mp4"), (A, "What?")),
         (row([{"type": "video_url", "video_url": {"url": "a.mp4"}, "end": 3}], "x"), (replace(A, end=3.0),)),
         (row([{"type": "video", "video": ["p.jpg", "q.jpg"]}], "x"), (Video((P, Q)),)),
-        (row([{"type": "text", "text": "a <video>"}], "x"), ("a <video>",)),
+        (row([{"type": "text", "text": "a <video> b"}, "<video>"], "x", videos=["a.mp4", "b.mp4"]), ("a ", A, " b", B)),
+        (row([{"type": "text", "text": "HTML's <image>"}], "x"), ("HTML's <image>",)),
+        (row("What?", "x", video="a.mp4", start=1, end=2.5), (replace(A, start=1.0, end=2.5), "What?")),
+        (row("x", "x", videos=[{"path": "a.mp4", "start": 2}], end=3), (replace(A, start=2.0, end=3.0), "x")),
+        (row("What?", "x", video=None, videos=[]), ("What?",)),
     ],
 )
 def test_where_clips_go(found, content):
@@ -119,6 +123,12 @@ def test_a_mark_of_a_later_turn_is_kept_there():
             row("<video><video>", "x", video="a.mp4"),
             "1 video but 2 <video> marks in the turns\n  Add the clip or",
         ),
+        (row([{"type": "text", "text": "a <video>"}], "x"), "0 videos but 1 <video> mark in the turns"),
+        (row([{"type": "video", "video": "a.mp4"}, "<video>"], "x"), "0 videos but 1 <video> mark in the turns"),
+        (row("x", "x", video=""), '"video" is an empty path'),
+        (row("x", "x", video=False), '"video" is true or false'),
+        (row("x", "x", video={"path": "a.mp4", "bytes": b"x"}), '"video" is given as bytes\n  Write them to a file'),
+        (row("x", "x", videos=["a.mp4", "b.mp4"], start=1), '"start" or "end" beside several clips of "videos"'),
         (row("<video>", "x"), "0 videos but 1 <video> mark in the turns"),
         (row("<image><image>", "x", video="a.mp4", image="p.jpg"), "1 image but 2 <image> marks in the turns"),
         (row("<image> <video>", "x", images=["p.jpg"]), "0 videos but 1 <video> mark in the turns"),
@@ -248,6 +258,9 @@ def test_a_folder_of_frames_is_in_the_order_of_its_numbers(tmp_path, media, expe
     """Of 12, so that 10 does not come before 2."""
     folder = folder_of(tmp_path / "clip", 12)
     assert [image.source.stem for image in frames_of(media, Video(folder))] == [f"frame_{at}" for at in expected]
+    for total, most in ((17, 7), (21, 15), (34, 7), (15, 13)):  # where a step of floats lands on the end, or near it
+        many = Video(tuple(Image(Path(f"{at}.png")) for at in range(total)))
+        assert len(frames_of({"num_frames": most, "sampling": "upstream"}, many)) == most
     listed = tuple(Image(folder / f"frame_{at}.png") for at in range(12))
     assert frames_of(media, Video(listed)) == frames_of(media, Video(folder))
 
@@ -265,6 +278,8 @@ def test_what_cannot_be_laid_out_names_the_row(clip, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     odd = folder_of(tmp_path / "odd", 2, "frame{}x.png")
+    twice = folder_of(tmp_path / "twice", 1, "a_{}.png")
+    (twice / "b_0.png").write_bytes(b"")
     cases = [
         (
             {},
@@ -277,6 +292,17 @@ def test_what_cannot_be_laid_out_names_the_row(clip, tmp_path):
         ({"num_frames": 2}, Video(odd, end=1.0), f"{odd} is a folder of frames, which have no times"),
         ({"num_frames": 2}, Video(odd), f"the files in {odd} are not numbered frames: invalid literal"),
         ({"num_frames": 2}, Video(empty), f"{empty} has no frames in it"),
+        (
+            {"num_frames": 2},
+            Video(twice),
+            f"{twice} has 2 files with 1 numbers\n  Give each frame a number of its own.",
+        ),
+        ({"num_frames": 2}, Video(tmp_path / ("x" * 300)), f"{tmp_path / ('x' * 300)} cannot be read: "),
+        (
+            {"num_frames": 2},
+            Video(odd / "frame0x.png"),
+            f"{odd / 'frame0x.png'} cannot be read: is a picture, not a clip",
+        ),
         ({"num_frames": 2}, Video(tmp_path / "no.mp4"), f"no such file: {tmp_path / 'no.mp4'}\n  A path in a row"),
         (
             {"frame_label": "{time}"},
@@ -344,10 +370,11 @@ def test_lengths_of_clips_are_remembered_and_notices_with_them(clip, tmp_path, m
     again = prepared(tmp_path / "rows.json", rows, {"num_frames": 4})
     assert again.train.lengths.tolist() == first.train.lengths.tolist() and again.notices == first.notices
     monkeypatch.undo()
-    other = prepared(tmp_path / "rows.json", rows, {"fps": 1.0, "max_frames": 2})
+    other = prepared(tmp_path / "rows.json", rows, {"fps": 1.0, "max_frames": 2, "end": 3.0})
     assert other.train.images.tolist() == [2, 1, 2]
     assert other.notices == {
-        "frames that are pictures have no times: media.max_frames of them were taken, whatever media.fps is": 1
+        "frames that are pictures have no times: media.max_frames of them were taken, whatever media.fps is": 1,
+        "frames that are pictures have no times: all were taken, whatever media.start and media.end are": 1,
     }
 
 

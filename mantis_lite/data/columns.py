@@ -33,16 +33,18 @@ def pictures_of(row: Mapping[str, Any], root: Path) -> tuple[list[Image], tuple[
 
 
 def clips_of(row: Mapping[str, Any], root: Path) -> list[Video]:
-    """The clips of `video`, else of `videos`."""
-    key = "video" if row.get("video") else "videos"
-    if row.get("video") and row.get("videos") and row["videos"] not in (row["video"], [row["video"]]):
-        raise Fault('"video" and "videos" name other clips', "Keep one of them.")
-    found = row.get(key)
-    if not found and isinstance(found, list | tuple | None):
+    """The clips of `video`, else of `videos`; "start" and "end" beside the only one are its own."""
+    given = {key: row[key] for key in ("video", "videos") if row.get(key) not in (None, [], ())}
+    if not given:
         return []
-    if isinstance(found, list | tuple):
-        return [read_clip(item, f'"{key}"[{at}]', root) for at, item in enumerate(found)]
-    return [read_clip(found, f'"{key}"', root)]
+    key, found = next(iter(given.items()))
+    if len(given) > 1 and given["videos"] not in (found, [found]):
+        raise Fault('"video" and "videos" name other clips', "Keep one of them.")
+    if not isinstance(found, list | tuple):
+        return [read_clip(found, f'"{key}"', root, row)]
+    if len(found) > 1 and any(row.get(key) is not None for key in ("start", "end")):
+        raise Fault(f'"start" or "end" beside several clips of "{key}"', 'Write {"path": ..., "start": s} for each.')
+    return [read_clip(item, f'"{key}"[{at}]', root, row) for at, item in enumerate(found)]
 
 
 def read_image(found: Any, place: str, root: Path) -> Image:
@@ -59,12 +61,15 @@ def read_image(found: Any, place: str, root: Path) -> Image:
     return Image(_data_uri(found, place) if found.startswith("data:") else _path(found, place, root, "picture"))
 
 
-def read_clip(found: Any, place: str, root: Path) -> Video:
-    """A clip: a path, a list of its frames, or either as "path" or "video" beside "start" and "end" in s."""
-    start = end = None
+def read_clip(found: Any, place: str, root: Path, beside: Mapping[str, Any] | None = None) -> Video:
+    """A clip: a path, a list of its frames, or either as "path" or "video"; with "start" and "end" in s or `beside`."""
+    part = dict(beside or {})
     if isinstance(found, dict):
-        start, end = (_seconds(found.get(key), f'"{key}" of {place}') for key in ("start", "end"))
+        part |= {key: found[key] for key in ("start", "end") if found.get(key) is not None}
+        if found.get("bytes") is not None:
+            raise Fault(f"{place} is given as bytes", "Write them to a file, and give its path.")
         found = found["video"] if found.get("path") is None and "video" in found else found.get("path")
+    start, end = (_seconds(part.get(key), f'"{key}" of {place}') for key in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise Fault(f"{place} ends at {end:g} s, no later than it starts", 'Mend "start" and "end".')
     if isinstance(found, list | tuple) and found:

@@ -416,6 +416,8 @@ def _pictures(container: InputContainer) -> VideoStream:
         raise Unreadable("is empty (0 frames)")
     if not streams:
         raise Unreadable("has no pictures, only sound" if container.streams.audio else "has no pictures")
+    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        raise Unreadable("is a picture, not a clip")
     if streams[0].codec_context is None:
         raise Unreadable("is in a format that this FFmpeg cannot decode")
     return streams[0]

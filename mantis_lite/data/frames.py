@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
-import numpy as np
 from PIL.Image import Image as Picture
 
 from ..errors import SampleError
@@ -56,6 +55,8 @@ class Frames:
             yield "a clip has fewer frames than media.num_frames: all were taken"
         if self.media.fps and any(_are_pictures(video) for video in sample.videos):
             yield "frames that are pictures have no times: media.max_frames of them were taken, whatever media.fps is"
+        if (self.media.start or self.media.end) and any(_are_pictures(video) for video in sample.videos):
+            yield "frames that are pictures have no times: all were taken, whatever media.start and media.end are"
 
     def open(self, sample: Sample, max_size: int | None = None) -> list[Picture]:
         """The pixels of all pictures of a laid out sample, in order; a clip is decoded once. Raises SampleError."""
@@ -149,7 +150,7 @@ class Frames:
         if most is None or total <= most:
             return list(frames)
         if self.media.sampling == "upstream":
-            return [frames[int(at)] for at in np.arange(0, total, total / most)]
+            return [frames[int(at * total / most)] for at in range(most)]
         return [frames[int((at + 0.5) * total / most)] for at in range(most)]
 
     def _decoded(self, path: Path, frames: list[Frame], sample: Sample) -> dict[Image, Picture]:
@@ -162,7 +163,10 @@ class Frames:
 
 
 def _are_pictures(video: Video) -> bool:
-    return isinstance(video.source, tuple) or video.source.is_dir()
+    try:
+        return isinstance(video.source, tuple) or video.source.is_dir()
+    except OSError:  # a path that cannot be one: what is wrong with it is told when it is opened
+        return False
 
 
 def upstream_indices(total: int, most: int, fps: float | None, rate: float) -> list[int]:
@@ -181,15 +185,21 @@ def upstream_indices(total: int, most: int, fps: float | None, rate: float) -> l
 
 def _folder(folder: Path, sample: Sample) -> list[Image]:
     """The pictures of a folder, in the order of the number that ends each name, as upstream has them."""
-    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
     try:
-        ordered = sorted(files, key=lambda file: int(file.stem.split("_")[-1]))
+        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        numbered = {int(file.stem.split("_")[-1]): file for file in files}
+    except OSError as error:
+        found = f"{folder} cannot be read: {error.strerror}"
+        raise SampleError(sample.where, found, "Mend the folder, or drop the row.", sample.id) from None
     except ValueError as error:
         found = f"the files in {folder} are not numbered frames: {error}"
         raise SampleError(sample.where, found, "Name them 1.jpg or x_1.jpg, and so on.", sample.id) from None
-    if not ordered:
+    if not numbered:
         raise SampleError(sample.where, f"{folder} has no frames in it", "Add them, or drop the row.", sample.id)
-    return [Image(file) for file in ordered]
+    if len(numbered) < len(files):
+        found = f"{folder} has {len(files)} files with {len(numbered)} numbers"
+        raise SampleError(sample.where, found, "Give each frame a number of its own.", sample.id)
+    return [Image(numbered[number]) for number in sorted(numbered)]
 
 
 @contextmanager

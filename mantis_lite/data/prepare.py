@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
 from .encode import Encoder
-from .labels import Labels, Values, constant_labels, name_labels, read_labels
+from .labels import Labels, RowLabels, first_named, label_notices, name_labels, read_labels
 from .lengths import LengthCache, Measured, content_key
 from .sample import Sample
 from .source import Rows, expand, open_source
@@ -107,8 +107,7 @@ def prepare(
             "  See why with `mantis-lite check`."
         )
     if prepared.labels and prepared.train.targets is not None:
-        for name in constant_labels(prepared.labels, prepared.train.targets):
-            prepared.notices[f"the label {name!r} has the same value as in every other row"] = len(prepared.train)
+        prepared.notices.update(label_notices(prepared.labels, prepared.train.targets))
     return prepared
 
 
@@ -129,6 +128,16 @@ def read_rows(
             f"{data.sources[0].path}: no row is left, of {prepared.rows_read} read\n  See the rejected rows."
         )
     return prepared
+
+
+def refuse_too_many(prepared: Prepared) -> None:
+    """Raise DataError where more rows were rejected than may be skipped."""
+    rejects, rows = prepared.rejects, prepared.rows_read
+    if len(rejects) > max(1, MAX_REJECTED * rows):
+        raise DataError(
+            f"{len(rejects)} of {rows} rows cannot be used ({len(rejects) / rows:.1%}), more than the 1% that may be "
+            f"skipped; the first is\n  {rejects[0]}"
+        )
 
 
 def write_rejects(rejects: Sequence[SampleError], path: Path) -> None:
@@ -180,7 +189,7 @@ def _no_cycle_collection() -> Iterator[None]:
 class _Chunk(NamedTuple):
     """Rows on their way: parsed, looked up, and those that are not remembered given to the tokenizer."""
 
-    samples: list[tuple[int, Sample, Values]]
+    samples: list[tuple[int, Sample, RowLabels | None]]
     keys: list[bytes | None]
     lengths: list[Measured | None]
     unknown: list[int]
@@ -201,7 +210,7 @@ class _Reader:
         specs = [spec for source in sources for spec in _specs(source, self.task)]
         opened = [(spec, open_source(spec, self.task)) for spec in specs]
         kept: list[tuple[int, ...]] = []
-        values: list[Values] = []
+        labels: list[RowLabels] = []
         with ThreadPoolExecutor(1) as pool:
             pending = deque[tuple[int, _Chunk]]()
             for number, (_, rows) in enumerate(opened):
@@ -211,15 +220,13 @@ class _Reader:
                     chunk = range(start, min(start + CHUNK, len(rows)))
                     pending.append((number, self._begin(rows, chunk, pool)))
                     if len(pending) > 1:  # one chunk is being tokenised while the next is read
-                        self._finish(*pending.popleft(), kept, values)
+                        self._finish(*pending.popleft(), kept, labels)
             for number, begun in pending:
-                self._finish(number, begun, kept, values)
+                self._finish(number, begun, kept, labels)
         samples = _samples(opened, kept)
         if self.problem:
-            samples = self._with_targets(samples, values)
-        allowed = max(1, MAX_REJECTED * self.prepared.rows_read)
-        if len(self.prepared.rejects) > allowed:
-            raise self._too_many()
+            samples = self._with_targets(samples, labels)
+        refuse_too_many(self.prepared)
         return samples
 
     @property
@@ -228,16 +235,16 @@ class _Reader:
             return self.prepared.labels.problem
         return self.head.problem if self.head else None
 
-    def _with_targets(self, samples: Samples, values: list[Values]) -> Samples:
+    def _with_targets(self, samples: Samples, labels: list[RowLabels]) -> Samples:
         """The samples whose labels are all those there are; what these are, the first sources read decide."""
         assert self.problem
+        first = first_named(labels)
         if self.prepared.labels is None:
-            stated = self.head.labels if self.head else None
-            self.prepared.labels = name_labels(self.problem, stated, values)
+            self.prepared.labels = name_labels(self.problem, self.head.labels if self.head else None, labels)
         kept, targets = [], []
-        for at, of_row in enumerate(values):
+        for at, row in enumerate(labels):
             try:
-                targets.append(self.prepared.labels.target(of_row, samples[at]))
+                targets.append(self.prepared.labels.target(row, first))
                 kept.append(at)
             except SampleError as error:
                 self._reject(error)
@@ -251,7 +258,7 @@ class _Reader:
         measured = self.encoder.begin_measure([samples[at][1] for at in unknown], pool)
         return _Chunk(samples, keys, lengths, unknown, measured)
 
-    def _finish(self, source: int, chunk: _Chunk, kept: list[tuple[int, ...]], values: list[Values]) -> None:
+    def _finish(self, source: int, chunk: _Chunk, kept: list[tuple[int, ...]], labels: list[RowLabels]) -> None:
         """Add the rows of a chunk that can be trained on: source, row, tokens, patches, images; and their labels."""
         for at, measured in zip(chunk.unknown, chunk.measured(), strict=True):
             if isinstance(measured, SampleError):
@@ -262,14 +269,16 @@ class _Reader:
         for (i, sample, of_row), length in zip(chunk.samples, chunk.lengths, strict=True):
             if length is not None and self._fits(sample, length):
                 self.prepared.notices.update(sample.notices)
-                self.prepared.notices.update(self.encoder.frames.notices(sample, length.images))
+                if self.task != "chat":
+                    self.prepared.notices.update(self.encoder.frames.notices(sample, length.images))
                 kept.append((source, i, *length))
-                values.append(of_row)
+                if of_row is not None:
+                    labels.append(of_row)
 
-    def _parse(self, rows: Rows, i: int) -> tuple[Sample, Values] | None:
+    def _parse(self, rows: Rows, i: int) -> tuple[Sample, RowLabels | None] | None:
         try:
             sample = rows.sample(i)
-            return sample, read_labels(sample, self.problem) if self.problem else {}
+            return sample, read_labels(sample, self.problem) if self.problem else None
         except SampleError as error:
             self._reject(error)
             return None
@@ -287,14 +296,6 @@ class _Reader:
             raise error
         self.prepared.oversize += 1
         return False
-
-    def _too_many(self) -> DataError:
-        rejects, rows = self.prepared.rejects, self.prepared.rows_read
-        share = len(rejects) / rows
-        return DataError(
-            f"{len(rejects)} of {rows} rows cannot be trained on ({share:.1%}), more than the 1% that may be skipped; "
-            f"the first is\n  {rejects[0]}"
-        )
 
 
 def _specs(source: SourceRecipe, task: Task) -> list[SourceRecipe]:

@@ -64,9 +64,7 @@ def _video(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[
     videos = clips_of(row, root)
     if images and not videos and not _holds_media(turns) and not _count_of(turns, Mark.IMAGE):
         images, videos = [], [Video(tuple(images))]
-    literal: tuple[str, ...] = ()
-    if not images:
-        literal = _marks_for_clips(turns, videos) or _marks_as_text(row, turns)
+    literal = () if images else _marks_for_clips(turns, videos) or _marks_as_text(row, turns)
     return _pair(turns, {Mark.VIDEO: videos, Mark.IMAGE: images}), notices + ignored + literal
 
 
@@ -86,7 +84,7 @@ def _classify(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tup
     if not (prompt or images or videos):
         raise Fault("neither a prompt nor a picture", 'Give "prompt", "images" or "video".')
     turns: _Turns = [("user", _split(prompt, tuple(Mark)))]
-    literal = () if images else _marks_as_text({}, turns)
+    literal = () if images else _marks_for_clips(turns, videos) or _marks_as_text({}, turns)
     media: _Media = {Mark.VIDEO: videos, Mark.IMAGE: images}
     for mark, found in media.items():
         for _ in range(len(found) - _count_of(turns, mark)):
@@ -200,7 +198,7 @@ def _turn(turn: Any, number: int, root: Path, marks: tuple[Mark, ...]) -> tuple[
     if not isinstance(content, list | tuple):
         raise Fault(f'"{key}" of turn {number} is {kind_of(content)}', "Give a string or a list of parts.")
     parts = (_typed(part, f"part {at} of turn {number}", root, marks) for at, part in enumerate(content, 1))
-    return role, _merge(parts)
+    return role, _merge(part for several in parts for part in several)
 
 
 def _split(text: str, marks: tuple[Mark, ...]) -> _Parts:
@@ -233,10 +231,12 @@ def _merge(parts: Iterable[str | Image | Video | Mark]) -> _Parts:
     return merged
 
 
-def _typed(part: Any, place: str, root: Path, marks: tuple[Mark, ...]) -> str | Image | Video | Mark:
+def _typed(part: Any, place: str, root: Path, marks: tuple[Mark, ...]) -> _Parts:
     """One part of a turn as TRL and OpenAI write them; a mark where the row's next picture or clip goes."""
+    # A literal "<image>" here stays text: the pictures have parts of their own.
+    in_text = tuple(mark for mark in marks if mark is not Mark.IMAGE)
     if isinstance(part, str):
-        return part  # a literal "<image>" here stays text: the pictures have parts of their own
+        return _split(part, in_text)
     if not isinstance(part, dict):
         raise Fault(f"{place} is {kind_of(part)}", 'Give {"type": "text", "text": "..."} and the like.')
     kind = part.get("type")
@@ -244,21 +244,21 @@ def _typed(part: Any, place: str, root: Path, marks: tuple[Mark, ...]) -> str | 
         text = part.get("text")
         if not isinstance(text, str):
             raise Fault(f'"text" of {place} is {kind_of(text)}', "Give a string.")
-        return text
+        return _split(text, in_text)
     if kind == "image":
         found = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
-        return Mark.IMAGE if found is None else read_image(found, place, root)
+        return [Mark.IMAGE if found is None else read_image(found, place, root)]
     if kind == "image_url":
         link = part.get("image_url")
-        return read_image(link.get("url") if isinstance(link, dict) else link, place, root)
+        return [read_image(link.get("url") if isinstance(link, dict) else link, place, root)]
     if Mark.VIDEO not in marks:
         raise Fault(f"{place} has the type {short(kind)}", "task=chat reads text, image and image_url.")
     if kind == "video":
         found = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
-        return Mark.VIDEO if found is None else read_clip(part | {"path": found}, place, root)
+        return [Mark.VIDEO if found is None else read_clip(part | {"path": found}, place, root)]
     if kind == "video_url":
         link = part.get("video_url")
-        return read_clip(part | {"path": link.get("url") if isinstance(link, dict) else link}, place, root)
+        return [read_clip(part | {"path": link.get("url") if isinstance(link, dict) else link}, place, root)]
     raise Fault(f"{place} has the type {short(kind)}", "Here are read text, image, image_url, video and video_url.")
 
 

@@ -8,7 +8,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +260,17 @@ def _read_parquet(files: list[Path]) -> Any:
 
 
 def _arrow(name: str, root: Path, dataset: Any) -> Rows:
+    from datasets import ClassLabel
+
+    classes = {column: kind for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
     # Arrow's own view of a row: the table stays memory-mapped, and pictures stay the bytes of their files.
-    return Rows(name, root, dataset.with_format("arrow"), _first)
+    return Rows(name, root, dataset.with_format("arrow"), partial(_first, classes))
 
 
-def _first(table: Any) -> Any:
-    return table.to_pylist()[0]
+def _first(classes: Mapping[str, Any], table: Any) -> dict[str, Any]:
+    """The only row of a table, its classes by name."""
+    row = table.to_pylist()[0]
+    return row | {column: kind.int2str(row[column]) for column, kind in classes.items() if row[column] is not None}
 
 
 def _open_hub(spec: SourceRecipe) -> Rows:

@@ -70,11 +70,16 @@ def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = Fals
         try:
             config = PeftConfig.from_pretrained(source)
             config.inference_mode = False
+            if hasattr(model, HEAD) and HEAD not in (config.modules_to_save or ()):
+                raise RecipeError(
+                    f"model.adapter: {name} has no score head, so it is not one of task=classify\n"
+                    "  Name one that is, or merge it into its base and start from that."
+                )
             adapted = get_peft_model(model, config)
             found = adapted.load_adapter(source, "default", is_trainable=True)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RecipeError):
             raise
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own are of all these kinds
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own are of all kinds
             fault = f"{name} does not fit this {kind}: {one_line(error)}"
             raise RecipeError(f"model.adapter: {fault}\n  {remedy}") from None
     for fault, keys in (("have no place in", found.unexpected_keys), ("are missing for", found.missing_keys)):
@@ -153,6 +158,8 @@ def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
     """How many parameters each part has, and how many of them train."""
     sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # PEFT keeps what it trains a copy of
+            continue
         count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights in a byte
         part = "score head" if _is_head(name) else part_of(name, family)
         sizes[part][0] += count

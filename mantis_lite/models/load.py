@@ -77,6 +77,9 @@ def stated_head(checkpoint: Checkpoint, recipe: Recipe) -> HeadRecipe | None:
     if labels.problem != recipe.head.problem:
         found = f"{recipe.head.problem}, and the head of {name} was trained for {labels.problem}"
         raise RecipeError(f"head.problem: {found}\n  Set head.problem={labels.problem}.")
+    if bool(getattr(config, "score_token_ids", None)) != (recipe.head.score == "special_tokens"):
+        found = f"{recipe.head.score}, and the head of {name} reads its labels otherwise"
+        raise RecipeError(f"head.score: {found}\n  Set it as the head was trained.")
     if recipe.head.labels is None and labels.names[0] == "LABEL_0":
         found = f"the head of {name} has {len(labels.names)} labels and does not name them"
         raise RecipeError(f"head.labels: {found}\n  State them, in its order.")

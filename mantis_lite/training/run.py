@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
-from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -25,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, schedule
 from ..data.encode import Encoder
+from ..data.labels import Labels, some
 from ..data.prepare import Prepared, prepare, write_rejects
 from ..errors import RecipeError, SampleError
 from ..models.adapters import PartSize, find_adapter, make_trainable, part_sizes
@@ -36,6 +36,9 @@ from ..recipe import Recipe, load_recipe, save_recipe
 from .callbacks import MetricsFile
 from .curve import draw_curve
 from .trainers import ChatTrainer, ScoreTrainer, arguments
+
+LABELS = "labels.json"
+"""What the scores of a run of task=classify mean, in order."""
 
 
 @dataclass
@@ -111,7 +114,11 @@ def start(
     head_recipe = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head_recipe)
     packs = schedule(prepared.train, recipe.packing, recipe.train)
+    if prepared.labels is not None and not from_scratch:
+        _refuse_other_labels(recipe.run_dir, prepared.labels)
     _open_run_dir(recipe, from_scratch)
+    if prepared.labels is not None:
+        (recipe.run_dir / LABELS).write_text(json.dumps(asdict(prepared.labels), indent=2) + "\n")
     (recipe.run_dir / "rejects.jsonl").unlink(missing_ok=True)
     write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
     training_arguments = arguments(recipe, packs, prepared.held_out is not None)
@@ -152,6 +159,17 @@ def _refuse_another(recipe: Recipe) -> None:
             raise RecipeError(f"run_dir: {run_dir} holds a run with another {', '.join(changed)}\n  {remedy}")
 
 
+def _refuse_other_labels(run_dir: Path, labels: Labels) -> None:
+    """A stopped run's scores mean what they meant: changed data must not give them other names."""
+    file = run_dir / LABELS
+    if not (file.is_file() and get_last_checkpoint(str(run_dir))):
+        return
+    before, now = json.loads(file.read_text()), json.loads(json.dumps(asdict(labels)))
+    if before != now:
+        found = f"{run_dir} holds a run that scores {some(before['names'])}, and the data has {some(labels.names)}"
+        raise RecipeError(f"head.labels: {found}\n  State head.labels, or add --from-scratch to move the run aside.")
+
+
 def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
     run_dir = recipe.run_dir
     if from_scratch and run_dir.exists():
@@ -174,15 +192,19 @@ def _head(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Pr
 
 
 def _balanced(prepared: Prepared) -> list[float]:
-    """Weights that make up for how often classes, or a label's yes and no, occur in training, as in scikit-learn."""
-    targets, labels = prepared.train.targets, prepared.labels
-    assert targets is not None and labels is not None
+    """Weights that make up for how often classes, or a label's yes and no, occur in an epoch of training.
+
+    All classes count the same then, and the weight of the average row is 1 (King and Zeng 2001); what always or never
+    occurs is left at 1.
+    """
+    train, labels = prepared.train, prepared.labels
+    assert train.targets is not None and labels is not None
+    often = np.array(train.weights)[train.source]  # how often the source's weight has a row come
     if labels.problem == "single_label":
-        found = np.unique(targets)
-        weights = dict(zip(found, compute_class_weight("balanced", classes=found, y=targets), strict=True))
-        return [float(weights.get(at, 1.0)) for at in range(len(labels.names))]
-    positive = targets.mean(0)
-    return [float((1 - share) / share) if share else 1.0 for share in positive]
+        found = np.bincount(train.targets, often, minlength=len(labels.names))
+        return [float(often.sum() / ((found > 0).sum() * count)) if count else 1.0 for count in found]
+    shares = np.average(train.targets, axis=0, weights=often)
+    return [float((1 - share) / share) if 0 < share < 1 else 1.0 for share in shares]
 
 
 def _trainer(
