@@ -94,19 +94,15 @@ def _measure(labels: Labels, logits: np.ndarray, rows: Samples, samples: list[in
 def recipe_of(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run, or what a model with a head needs of one. Raises RecipeError."""
     run = _is_run(source)
-    allowed = (
-        "data",
-        "packing",
-        "media",
-        "memory",
-        *(() if run else ("head.labels", "head.problem", "model.revision")),
-    )
-    for override in overrides:
-        key = override.partition("=")[0]
+    allowed = ["data", "packing", "media", "memory"]
+    if not run:
+        allowed += ["head.labels", "head.problem", "model.revision"]
+    keys = [override.partition("=")[0] for override in overrides]
+    for key in keys:
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
             remedy = f"Set only {', '.join(allowed)}: the rest is as the model was trained."
             raise RecipeError(f"{key}: has no effect on predictions\n  {remedy}")
-    if not any(override.startswith("data") for override in overrides):
+    if not {"data", "data.sources"} & set(keys):
         raise RecipeError("data: no rows to score were given\n  Add data=new.json.")
     if not run:
         if (Path(source) / "adapter_config.json").is_file():

@@ -1,8 +1,9 @@
-"""A Hugging Face Hub on 127.0.0.1 that serves a folder: datasets/user/name/..., models/user/name/...
+"""A Hugging Face Hub on 127.0.0.1 that serves a folder and takes pushes: datasets/user/name/..., models/user/name/...
 
 Set HF_ENDPOINT to `.url` before huggingface_hub is imported, so in a subprocess. The one revision is main.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -50,6 +51,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes = b"") -> None:
         self.seen.append(f"{self.command} {self.path}")
+        if self.path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization") or "user", asked["name"])))
+            (self.folder / "models" / name).mkdir(parents=True, exist_ok=True)
+            return self.send_json({"url": f"http://{self.headers['Host']}/{name}", "id": name})
         api, kind, repo, verb, revision, path = self.parse(unquote(urlsplit(self.path).path))
         root = self.folder / kind / repo
         if not root.is_dir():
@@ -64,6 +72,18 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "tree" and (root / path).is_dir():
             recursive = "true" in [v.lower() for v in parse_qs(urlsplit(self.path).query).get("recursive", [])]
             return self.send_json(_entries(root, root / path, recursive))
+        if verb == "preupload":  # small files come with the commit itself
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self.send_json({"files": files})
+        if verb == "commit":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (root / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+            address = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+            return self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": address})
         if verb == "paths-info":
             asked = self.asked_paths(body)
             return self.send_json([entry for entry in _entries(root, root) if entry["path"] in asked])

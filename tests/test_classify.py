@@ -1,6 +1,7 @@
 """Training a score head as a user runs it, its predictions, and what both leave behind."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from clips_made import make
+from fake_hub import FakeHub
 from helpers import SHARED, picture, recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -364,6 +366,31 @@ def test_a_published_head_scores(scored_folder, tmp_path, monkeypatch):
     assert named.labels.names == ("good", "fast") and named.metrics["mse/good"] > 0
     with pytest.raises(SampleError, match="the label 'good' is none of LABEL_0, LABEL_1"):
         predict(scored_folder, [f"data={data}"], metrics=True)
+
+
+def test_a_head_is_pushed_and_loaded_from_the_hub(scored_folder, tmp_path):
+    """As any model of transformers is; the hub is one on this machine, and the process one of its own."""
+    (tmp_path / "hub").mkdir()
+    script = f"""
+import torch
+from mantis_lite.models.head import Idefics2ForSequenceClassification as Model
+model = Model.from_pretrained({str(scored_folder)!r})
+model.push_to_hub("user/scores")
+again = Model.from_pretrained("user/scores")
+assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
+assert again.config.id2label == model.config.id2label
+"""
+    with FakeHub(tmp_path / "hub") as hub:
+        away = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_x",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | away)
+    assert done.returncode == 0, done.stderr
+    pushed = load_file(tmp_path / "hub/models/user/scores/model.safetensors")
+    assert {"score.weight", "score.bias"} <= pushed.keys()
 
 
 def test_a_published_head_is_trained_on(scored_folder, tmp_path):
