@@ -174,8 +174,9 @@ def _show_start(run: Run) -> None:
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
-    for part, parameters, trainable in run.sizes:
-        table.add_row(part, f"{parameters:,}", f"{trainable:,}")
+    table.add_column("in 4 bits", justify="right")
+    for part, *counts in run.sizes:
+        table.add_row(part, *(f"{count:,}" for count in counts))
     console = Console(highlight=False)
     console.print(table)
     for notice in run.notices:

@@ -62,8 +62,8 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
         yield f"lora.{changed[0]}: has no effect with method=full\n  Set lora=null, or method=lora."
     if recipe.quantized and recipe.method != "qlora":
         yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
-    if recipe.method == "qlora" and recipe.quantized != ["language_model"]:
-        yield f"memory.quantize: {recipe.quantized}\n  Only [language_model] can be quantised for now."
+    if recipe.method == "qlora" and not recipe.quantized:
+        yield "memory.quantize: [], but method=qlora holds something in 4 bits\n  Set method=lora."
     if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:
         found = recipe.data.eval
         yield f"data.eval: expected a share between 0 and 1, or a file, found {found}\n  Write data.eval=0.05."

@@ -210,7 +210,10 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
             {"method": "lora", "memory": {"quantize": ["language_model"]}},
             "memory.quantize: ['language_model'], but meth",
         ),
-        ({"method": "qlora", "memory": {"quantize": ["projector"]}}, "memory.quantize: ['projector']\n  Only"),
+        (
+            {"method": "qlora", "memory": {"quantize": []}},
+            "memory.quantize: [], but method=qlora holds something in 4 bits\n  Set method=lora.",
+        ),
         ({"data": {"sources": "a", "eval": 1.5}}, "data.eval: expected a share between 0 and 1, or a file, found 1.5"),
         ({"eval": {"every": 10}}, "eval.every: there is nothing to evaluate on\n  Set data.eval"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from families import FAMILIES
 from helpers import SHARED, chat, recipe
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -254,8 +255,8 @@ def test_a_pickle_of_something_else(load, original, tmp_path, content):
 
 
 def packed(model):
-    weight = torch.zeros(384, 1, dtype=torch.uint8)  # as bitsandbytes holds 24 x 32 weights
-    model.model.multi_modal_projector.linear_2.weight = nn.Parameter(weight, requires_grad=False)
+    linear = model.model.multi_modal_projector.linear_2
+    linear.weight = Params4bit(linear.weight.data, requires_grad=False).to("cpu")
 
 
 def tied(model):

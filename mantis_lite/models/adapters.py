@@ -25,11 +25,12 @@ HEAD = "score"
 
 
 class PartSize(NamedTuple):
-    """Parameters of a part, in all and those that train; a 4-bit weight counts as the parameters it stands for."""
+    """Parameters of a part: in all, those that train, and those that are held in 4 bits."""
 
     part: str
     parameters: int
     trainable: int
+    quantized: int
 
 
 def make_trainable(
@@ -150,20 +151,27 @@ def part_of(name: str, family: Family) -> Part:
     return "language_model"
 
 
+def in_4_bits(parameter: torch.Tensor) -> bool:
+    """Whether bitsandbytes packs several weights into each of a parameter's numbers, whatever kind these are."""
+    return hasattr(parameter, "quant_state")
+
+
 def _is_head(name: str) -> bool:
     return HEAD in name.split(".")
 
 
 def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
     """How many parameters each part has, and how many of them train."""
-    sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # PEFT keeps what it trains a copy of
             continue
-        count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights in a byte
+        packed = in_4_bits(parameter)
+        count = parameter.numel() * (2 * parameter.element_size() if packed else 1)  # two weights in a byte
         part = "score head" if _is_head(name) else part_of(name, family)
         sizes[part][0] += count
         sizes[part][1] += count if parameter.requires_grad else 0
+        sizes[part][2] += count if packed else 0
     return [PartSize(part, *sizes[part]) for part in (*family.parts, "score head") if part in sizes]
 
 

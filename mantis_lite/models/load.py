@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import RecipeError
-from ..recipe import HeadRecipe, Recipe
+from ..recipe import HeadRecipe, Part, Recipe
 from .adapters import HEAD, part_of
 from .attention import use_attention
 from .checkpoint import Checkpoint, unreadable
@@ -115,19 +117,29 @@ def _from_pretrained(
 def _quantization(family: Family, recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if not recipe.quantized:
         return None
-    skipped = [path for part, paths in family.parts.items() if part not in recipe.quantized for path in paths]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # of one kind with the other weights, as ZeRO and FSDP shard them
         # A list given replaces the default one, which keeps lm_head; names are whole prefixes.
-        llm_int8_skip_modules=["lm_head", HEAD, *skipped],
+        llm_int8_skip_modules=["lm_head", HEAD, *_skipped(family, recipe.quantized)],
     )
 
 
+def _skipped(family: Family, quantized: Collection[Part]) -> Iterator[str]:
+    """The parts that keep their precision, as regular expressions: a projector in 4 bits may lie within the tower."""
+    into = [path for part in quantized for path in family.parts.get(part, ())]
+    for part, paths in family.parts.items():
+        for path in paths if part not in quantized else ():
+            within = [re.escape(other.removeprefix(f"{path}.")) for other in into if other.startswith(f"{path}.")]
+            but = rf"(?!\.(?:{'|'.join(within)})(?:\.|$))" if within else ""
+            yield path + but
+
+
 def _check_quantized(model: PreTrainedModel, family: Family, recipe: Recipe) -> None:
-    """The skip list is matched by name and says nothing where it matches nothing: count what is in 4 bits."""
+    """The skip list is matched by name and says nothing where it matches nothing: look at what is in 4 bits."""
     from bitsandbytes.nn import Linear4bit
 
     for name, module in model.named_modules():

@@ -189,7 +189,7 @@ def _whole(
 ) -> tuple[list[str], dict[str, Tensor]]:
     """The modules that were trained in full, and all their tensors: PEFT replaces a whole module."""
     known, rename = dict(model.named_parameters(remove_duplicate=False)), _renaming(model)
-    packed = [name for name, weight in known.items() if not weight.is_floating_point()]
+    packed = [name for name, weight in known.items() if hasattr(weight, "quant_state")]
     owned = {key: f"{rename(key).rpartition('.')[0]}." for key in tensors}
     held = [key for key, owner in owned.items() if any(name.startswith(owner) for name in packed)]
     _refuse(file, held, len(tensors), "tensors belong to modules loaded in 4 bits", "Load the model unquantized.")
