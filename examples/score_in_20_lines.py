@@ -1,4 +1,4 @@
-"""Draw a small data set with numbers as labels, train a score head on Tiny Mantis on the CPU, and score new pictures."""
+"""Draw a small data set with numbers as labels, train a score head on Tiny Mantis on the CPU, score new pictures."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 # Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
 UNBUILT = {
     "trainable.lr": "one learning rate for all parts: train.learning_rate",
-    "memory.offload_activations": "not available yet",
     "memory.vision_cache": "not available yet",
     "memory.fit": "not available yet",
     "eval.benchmarks": "not available yet",

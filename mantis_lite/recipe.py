@@ -152,7 +152,8 @@ class MemoryRecipe(Section):
     quantize: list[Part] | None = None
     attention: Literal["auto", "segment", "sdpa", "eager"] = "auto"
     kernels: Literal["auto", "liger", "off"] = "auto"
-    checkpointing: Literal["auto", "full", "off"] = "auto"
+    checkpointing: Literal["auto", "full", "off"] | Positive = "auto"
+    mlp_tile: Positive | None = None
     offload_activations: StrictBool = False
     vision_cache: Literal["off", "memory", "disk"] = "off"
     optimizer: str = "auto"

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 
 from ..errors import RecipeError
 from ..recipe import HeadRecipe, Part, Recipe
+from .activations import keep_less
 from .adapters import HEAD, part_of
 from .attention import use_attention
 from .checkpoint import Checkpoint, unreadable
@@ -59,6 +60,7 @@ def load_model(
     checkpoint.family.adapt(model)
     if recipe.memory.kernels == "liger":
         fuse(model)
+    keep_less(model, recipe.memory)
     use_attention(model, recipe.memory.attention)
     return model
 

@@ -35,7 +35,7 @@ from ..models.load import load_model, stated_head
 from ..recipe import Recipe, load_recipe, save_recipe
 from .callbacks import MetricsFile
 from .curve import draw_curve
-from .trainers import ChatTrainer, ScoreTrainer, arguments
+from .trainers import ChatTrainer, ScoreTrainer, arguments, offloads
 
 LABELS = "labels.json"
 """What the scores of a run of task=classify mean, in order."""
@@ -221,7 +221,7 @@ def _trainer(
     evaluated = held_out and pack_dataset(
         pack_epoch(held_out, recipe.packing), held_out, encoder, broken, held_out.targets
     )
-    kind = ChatTrainer if prepared.labels is None else partial(ScoreTrainer, prepared.labels)
+    kind = ChatTrainer if prepared.labels is None else partial(ScoreTrainer, prepared.labels, offloads(recipe))
     return kind(
         model=model,
         args=training_arguments,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..data.dataset import Schedule
 from ..data.encode import IGNORE
@@ -29,9 +31,14 @@ class ChatTrainer(SFTTrainer):
 class ScoreTrainer(Trainer):
     """transformers' trainer of a score head: a step's loss is the mean over the targets of all its packs."""
 
-    def __init__(self, labels: Labels, **settings: Any) -> None:
+    def __init__(self, labels: Labels, offloads: bool, **settings: Any) -> None:
         super().__init__(compute_metrics=self._metrics, **settings)
         self.labels = labels
+        self.kept = get_act_offloading_ctx_manager(self.model, warn_if_no_head=False) if offloads else nullcontext()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.kept:  # as TRL's own trainer does
+            return super().training_step(*args, **kwargs)
 
     def _metrics(self, found: EvalPrediction) -> dict[str, float | None]:
         return score_metrics(self.labels, found.predictions, found.label_ids)
@@ -43,11 +50,15 @@ class ScoreTrainer(Trainer):
         return torch.stack([each.sum() for each in known]).sum().to(device)
 
 
+def offloads(recipe: Recipe) -> bool:
+    """Whether what is kept for the backward pass goes to the host's memory; without a GPU it is there already."""
+    return recipe.memory.offload_activations and torch.cuda.is_available()
+
+
 def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArguments:
     """TrainingArguments of a run: the recipe's own, and those the pack contract fixes. Raises RecipeError."""
     gpu = torch.cuda.is_available()
     dtype = working_dtype()
-    checkpointing = recipe.memory.checkpointing == "full" or (recipe.memory.checkpointing == "auto" and gpu)
     own = {k: v for k, v in recipe.train.items() if k not in ("tokens_per_step", "samples_per_step")}
     defaults = {
         "bf16": dtype == torch.bfloat16,
@@ -72,13 +83,13 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
         "train_sampling_strategy": "sequential",  # the plan has shuffled the packs
         "remove_unused_columns": False,
         "prediction_loss_only": not scores,
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "gradient_checkpointing": False,  # what is computed again, models/activations.py has set
     }
     if scores:
         fixed["label_names"] = ["labels"]
     else:
         fixed |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        fixed["activation_offloading"] = offloads(recipe)
     if recipe.memory.optimizer != "auto":
         fixed["optim"] = recipe.memory.optimizer
     try:

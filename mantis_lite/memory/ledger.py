@@ -1,0 +1,65 @@
+"""Bytes that are alive while a step is walked through with tensors that have shapes and no numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+BLOCK = 512
+"""Bytes that torch's CUDA allocator rounds a tensor up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
+class Ledger(TorchDispatchMode):
+    """Counts every new storage under the `term` of the moment until its last tensor is gone.
+
+    `peak` is the most that was alive at once, in bytes, and `at_peak` what of it was alive by term. `block` is what a
+    tensor is rounded up to, 1 for none.
+    """
+
+    def __init__(self, block: int = BLOCK) -> None:
+        super().__init__()
+        self.block, self.term = block, "other"
+        self.alive: dict[int, tuple[int, str, ref]] = {}
+        self.terms: Counter[str] = Counter()
+        self.now = self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+
+    @contextmanager
+    def under(self, term: str) -> Iterator[None]:
+        """Count what comes alive here under this term."""
+        before, self.term = self.term, term
+        try:
+            yield
+        finally:
+            self.term = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for found in tree_iter(out):
+            if isinstance(found, torch.Tensor):
+                self._enter(found)
+        return out
+
+    def _enter(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.alive:
+            return
+        size = -(-storage.nbytes() // self.block) * self.block
+        self.alive[storage._cdata] = (size, self.term, ref(storage, partial(self._leave, storage._cdata)))
+        self.terms[self.term] += size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, self.terms.copy()
+
+    def _leave(self, key: int, _: ref) -> None:
+        size, term, _ = self.alive.pop(key)
+        self.terms[term] -= size
+        self.now -= size

@@ -1,0 +1,68 @@
+"""What of the forward pass is kept for the backward pass: layers computed again, and wide layers a tile at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..recipe import MemoryRecipe
+
+
+def keep_less(model: PreTrainedModel, memory: MemoryRecipe) -> None:
+    """Set a loaded base model to keep as little as the recipe says."""
+    layers = checkpointed_layers(memory)
+    if layers != 0:
+        checkpoint_layers(model, layers)
+    if memory.mlp_tile:
+        tile_mlps(model, memory.mlp_tile)
+
+
+def checkpointed_layers(memory: MemoryRecipe) -> int | None:
+    """How many layers of the language model are computed again, None being all: on a GPU, unless the recipe says."""
+    if isinstance(memory.checkpointing, int):
+        return memory.checkpointing
+    full = memory.checkpointing == "full" or (memory.checkpointing == "auto" and torch.cuda.is_available())
+    return None if full else 0
+
+
+def checkpoint_layers(model: PreTrainedModel, count: int | None) -> None:
+    """Keep only the input of the language model's first `count` layers (None: all), and of all the tower's.
+
+    Chen et al. 2016, https://arxiv.org/abs/1604.06174. The last layers are those whose inputs are let go first.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in islice(decoder_layers(model), count, None) if count is not None else ():
+        layer.gradient_checkpointing = False
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers of the language model that can be computed again, from the first."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
+    """Let the language model's MLPs see `tokens` at a time, and compute each stretch again in the backward pass.
+
+    They are the widest layers: of a long row they hold more than everything else of a layer together (tiled MLP, as in
+    Arctic long sequence training, Bekman et al. 2025, https://arxiv.org/abs/2506.13996).
+    """
+    for layer in decoder_layers(model):
+        layer.mlp.forward = partial(_tiled, layer.mlp.forward, tokens)
+
+
+def _tiled(forward: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
+    """An MLP's forward pass over hidden states (1, T, H), stretch by stretch; no token sees another in it."""
+    if hidden.shape[1] <= tokens:
+        return forward(hidden)
+    stretches = hidden.split(tokens, dim=1)
+    if not torch.is_grad_enabled():
+        return torch.cat([forward(stretch) for stretch in stretches], dim=1)
+    return torch.cat([checkpoint(forward, stretch, use_reentrant=False) for stretch in stretches], dim=1)

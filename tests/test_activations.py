@@ -1,0 +1,80 @@
+"""What is computed again or a tile at a time changes no gradient, and keeps less."""
+
+import pytest
+import torch
+from helpers import chat, recipe
+
+from mantis_lite.data.collate import collate
+from mantis_lite.data.schema import parse
+from mantis_lite.models.activations import checkpointed_layers, decoder_layers
+from mantis_lite.models.adapters import make_trainable
+from mantis_lite.models.load import load_model
+from mantis_lite.recipe import MemoryRecipe
+
+ROWS = [chat("What is <image> beside <image>?", "red circle", images=(1, 2)), chat("Only words.", "No picture")]
+KEPT = {
+    "all": {"checkpointing": "off"},
+    "one layer less": {"checkpointing": 1},
+    "inputs": {"checkpointing": "full"},
+    "tiles": {"checkpointing": "off", "mlp_tile": 16},
+    "inputs, tiles": {"checkpointing": "full", "mlp_tile": 16},
+}
+
+
+def trained(checkpoint, encoder, memory, **settings):
+    """Loss, gradients by name, and the bytes kept between the two passes."""
+    asked = recipe(checkpoint.name, memory=memory, **settings)
+    torch.manual_seed(0)
+    model = make_trainable(load_model(checkpoint, asked), asked, checkpoint.family).train()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    batch = collate([encoder.encode(parse(row, "rows:1", None)) for row in ROWS], encoder.vision.batch)
+    kept: dict[int, int] = {}
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return loss.item(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_no_gradient_changes_and_less_is_kept(checkpoint_of, encoder_of, family, method):
+    lora = {"lora": {"dropout": 0.0}} if method == "lora" else {}
+    found = {
+        name: trained(checkpoint_of(family), encoder_of(family), memory, method=method, **lora)
+        for name, memory in KEPT.items()
+    }
+    loss, gradients, _ = found["all"]
+    for other, theirs, _ in found.values():
+        assert other == pytest.approx(loss, abs=1e-6) and theirs.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
+    kept = {name: size for name, (_, _, size) in found.items()}
+    assert kept["inputs"] < kept["one layer less"] < kept["all"] and kept["tiles"] < kept["all"]
+
+
+def test_dropout_is_the_same_when_a_tile_is_computed_again(checkpoint_of, encoder_of):
+    """A gradient of another mask would be that of another loss: numbers of the loss against its own gradient."""
+    settings = {"method": "lora", "lora": {"dropout": 0.5}}
+    one = trained(checkpoint_of("llava"), encoder_of("llava"), KEPT["inputs, tiles"], **settings)
+    two = trained(checkpoint_of("llava"), encoder_of("llava"), KEPT["tiles"], **settings)
+    assert one[0] == pytest.approx(two[0], abs=1e-6)
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(two[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_which_layers(checkpoint_of, monkeypatch):
+    model = load_model(checkpoint_of("llava"), recipe(memory={"checkpointing": 1}))
+    assert [layer.gradient_checkpointing for layer in decoder_layers(model)] == [True, False]
+    assert checkpointed_layers(MemoryRecipe()) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert checkpointed_layers(MemoryRecipe()) is None
+    assert checkpointed_layers(MemoryRecipe(checkpointing="off")) == 0
