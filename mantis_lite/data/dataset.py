@@ -62,11 +62,27 @@ def schedule(samples: Samples, packing: PackingRecipe, train: dict[str, Any]) ->
     packs: list[list[int]] = []
     sizes: list[int] = []
     while len(packs) < max_packs if max_packs > 0 else len(sizes) < epochs:
-        new = pack_epoch(samples, packing, len(sizes)) if sizes else first
+        new = pack_epoch(samples, packing, len(sizes)) if sizes else _costliest_early(first, samples, accumulation)
         share = 1.0 if max_packs > 0 else min(1.0, epochs - len(sizes))
         packs += new[: math.ceil(len(new) * share)]
         sizes.append(len(new))
     return Schedule(packs[:max_packs] if max_packs > 0 else packs, sizes, accumulation)
+
+
+def _costliest_early(packs: list[list[int]], samples: Samples, accumulation: int) -> list[list[int]]:
+    """An epoch's packs, the two costliest first in the first two steps: a run that does not fit fails at once.
+
+    By tokens and patches, each as a share of the most. In the second step the optimiser's moments are there as well.
+    """
+    costs = np.array([samples.lengths[pack].sum(0) for pack in packs], dtype=np.float64)
+    order = (costs / np.maximum(costs.max(0), 1)).sum(1).argsort(kind="stable")[::-1].tolist()
+    if len(packs) <= max(1, accumulation):
+        return packs
+    early = order[:2]
+    rest = [pack for at, pack in enumerate(packs) if at not in early]
+    rest.insert(0, packs[early[1]])
+    rest.insert(accumulation, packs[early[0]])
+    return rest
 
 
 def pack_dataset(
