@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.schema import parse
-from mantis_lite.models.attention import use_attention
+from mantis_lite.models.attention import chosen_attention, use_attention
 from mantis_lite.models.load import load_model
 
 ATTENTIONS = ["segment", "sdpa", "eager"]
@@ -183,6 +183,21 @@ def test_segment_attention_asks_for_boundaries(model_of, encoder_of, key):
     del batch[key]
     with pytest.raises(AssertionError, match="without the boundaries"):
         logits_of(with_attention(model_of("llava"), "segment"), batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "words"),
+    [
+        ("auto", None, "one SDPA call a sample, as there is no GPU"),
+        ("segment", (7, 5), "one SDPA call a sample, as the GPU is older than Ampere"),
+        ("auto", (8, 0), "PyTorch's variable-length kernel over all samples of a pack at once"),
+        ("sdpa", (8, 0), "transformers' own sdpa, as the recipe says: with a T x T mask for packs"),
+    ],
+)
+def test_what_attends_and_why_is_said(monkeypatch, name, gpu, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("mantis_lite.models.attention._has_varlen", lambda: gpu >= (8, 0))
+    assert chosen_attention(name) == words
 
 
 def test_only_the_language_model_attends_by_segments(model):

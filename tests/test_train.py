@@ -143,7 +143,8 @@ def test_an_adapter_is_trained_on_where_it_was_left(settings, tmp_path):
     again = {"model": {"name": settings["model"], "adapter": str(folder)}, "run_dir": str(tmp_path / "again")}
     went_on = start(make_recipe(settings | held_out | again))
     assert went_on.notices == [
-        f"going on with {folder} by its own settings: the recipe's lora and trainable are not used"
+        "attention: one SDPA call a sample, as there is no GPU",
+        f"going on with {folder} by its own settings: the recipe's lora and trainable are not used",
     ]
     assert went_on.trainer.model.peft_config["default"].r == 4
     assert {size.part for size in went_on.sizes if size.trainable} == {"language_model", "projector"}

@@ -86,6 +86,17 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+def chosen_attention(name: str) -> str:
+    """What the language model attends by under a recipe's `memory.attention`, and why, in words."""
+    if name not in ("auto", "segment"):
+        return f"transformers' own {name}, as the recipe says: with a T x T mask for packs"
+    if not torch.cuda.is_available():
+        return "one SDPA call a sample, as there is no GPU"
+    if not _has_varlen():
+        return "one SDPA call a sample, as the GPU is older than Ampere"
+    return "PyTorch's variable-length kernel over all samples of a pack at once"
+
+
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention of the language model: "segment" (or "auto") for packs, else one of transformers' own."""
     AttentionInterface.register(SEGMENT, segment_attention)

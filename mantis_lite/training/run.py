@@ -28,6 +28,7 @@ from ..data.labels import Labels, some
 from ..data.prepare import Prepared, prepare, write_rejects
 from ..errors import RecipeError, SampleError
 from ..models.adapters import PartSize, find_adapter, make_trainable, part_sizes
+from ..models.attention import chosen_attention
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
 from ..models.kernels import fused, require_liger
@@ -58,6 +59,7 @@ class Run:
     def notices(self) -> list[str]:
         """What a user should know of the model before it trains."""
         notices = [self.checkpoint.notice] if self.checkpoint.notice else []
+        notices.append(f"attention: {chosen_attention(self.recipe.memory.attention)}")
         if layers := fused(self.trainer.model):
             counts = ", ".join(f"{count} {name}" for name, count in layers.items())
             notices.append(f"fused layers of the language model: {counts}")
