@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from mantis_lite.cli import app
 from mantis_lite.errors import RecipeError, SampleError
+from mantis_lite.models.attention import chosen_attention
 from mantis_lite.recipe import load_recipe, make_recipe
 from mantis_lite.training.run import start, train
 
@@ -143,7 +144,7 @@ def test_an_adapter_is_trained_on_where_it_was_left(settings, tmp_path):
     again = {"model": {"name": settings["model"], "adapter": str(folder)}, "run_dir": str(tmp_path / "again")}
     went_on = start(make_recipe(settings | held_out | again))
     assert went_on.notices == [
-        "attention: one SDPA call a sample, as there is no GPU",
+        f"attention: {chosen_attention('auto')}",
         f"going on with {folder} by its own settings: the recipe's lora and trainable are not used",
     ]
     assert went_on.trainer.model.peft_config["default"].r == 4

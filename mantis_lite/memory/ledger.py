@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -58,6 +58,21 @@ class Ledger(TorchDispatchMode):
         self.now += size
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, self.terms.copy()
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count these, and views of them, nowhere: weights are counted by themselves."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.alive[storage._cdata] = (0, self.term, ref(storage, partial(self._leave, storage._cdata)))
+
+    def move(self, tensor: torch.Tensor, term: str) -> None:
+        """Count what is alive already under another term."""
+        key = tensor.untyped_storage()._cdata
+        if key in self.alive:
+            size, before, watch = self.alive[key]
+            self.terms[before] -= size
+            self.terms[term] += size
+            self.alive[key] = (size, term, watch)
 
     def _leave(self, key: int, _: ref) -> None:
         size, term, _ = self.alive.pop(key)
