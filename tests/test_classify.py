@@ -147,6 +147,20 @@ def test_measure_is_the_length_of_encode(checkpoint_of, family, tmp_path):
             assert (len(encoded), len(encoded.pixels)) == (tokens, images) and (encoded.labels == IGNORE).all()
 
 
+def test_an_encoder_leaves_those_before_it_as_they_were(folder_of, tmp_path):
+    """They share a tokenizer, which takes "<image>" for a token unless it is told not to."""
+    checkpoint = open_checkpoint(recipe(folder_of("qwen2_vl")).model)
+    first = checkpoint.encoder(recipe())
+    ids = first.tokenizer.encode("<|image_pad|>", add_special_tokens=False).ids
+    for head in ({"problem": "regression"}, {"problem": "regression", "labels": ["a"], "score": "special_tokens"}):
+        checkpoint.encoder(recipe(task="classify", head=head))
+        assert (
+            first.tokenizer.encode("<|image_pad|>", add_special_tokens=False).ids
+            == ids
+            != [first.token_id("<|image_pad|>")]
+        )
+
+
 def test_what_trains_moves_and_nothing_else_does(settings, tmp_path):
     run = start(make_recipe(settings | {"trainable": {"projector": "full"}}))
     before = {name: weight.detach().clone() for name, weight in run.trainer.model.named_parameters()}

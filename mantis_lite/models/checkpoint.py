@@ -93,7 +93,7 @@ class Checkpoint:
         _refuse_another_start(self.tokenizer, template.end)
         score = self._score(recipe)
         return Encoder(
-            tokenizer=self._with_tokens(score) if score else self.tokenizer,
+            tokenizer=self._with_tokens(score) if score and score.names else self.tokenizer,
             template=template,
             vision=vision,
             system=recipe.prompt.system,
@@ -201,8 +201,9 @@ def _refuse_another_start(tokenizer: Tokenizer, end: Token) -> None:
 
     One saved with transformers' `legacy=False` puts its leading blank before the first alone.
     """
-    tokenizer.encode_special_tokens = False
+    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, False
     behind, first = (tokenizer.encode(text, add_special_tokens=False).ids for text in (f"{end}a", "a"))
+    tokenizer.encode_special_tokens = before  # other encoders may share it
     if behind[1:] != first:
         raise RecipeError(
             "model: its tokenizer writes text at the start of a prompt otherwise than further on\n"
