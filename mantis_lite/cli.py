@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .data.prepare import Prepared
     from .metrics import Metrics
     from .report.check import Check
+    from .report.fit import Fit
     from .training.run import Run
 
 app = typer.Typer(
@@ -69,6 +70,25 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from .report.check import check
 
     _show_check(check(loaded))
+
+
+@app.command("fit")
+def fit_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[float | None, typer.Option(min=1, help="The card's memory in GiB: 8, 12, 16, 24, 48, 80.")] = None,
+) -> None:
+    """Say beforehand whether a recipe fits a card, and what would help. Needs no GPU, weights or network."""
+    from .recipe import find_recipe
+
+    find_recipe(recipe)
+    _prepare_process()
+    from .report.fit import fit
+
+    found = fit(recipe, overrides or (), gpu)
+    _show_fit(found)
+    if not any(found.cards.values()):
+        raise typer.Exit(4)
 
 
 @app.command("predict")
@@ -243,6 +263,27 @@ def _show_check(found: Check) -> None:
         else:
             text.append(stretch.text, style="black on green" if stretch.trained else "dim")
     console.print(text)
+
+
+def _show_fit(found: Fit) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="memory at the peak of a step", title_justify="left")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    terms = {**found.estimate.terms, **found.estimate.overhead}
+    for what, size in terms.items():
+        if size >= 1 << 20:
+            table.add_row(what, f"{size / (1 << 30):.2f}")
+    table.add_section()
+    table.add_row("in all", f"{found.estimate.total / (1 << 30):.2f}")
+    typer.echo(found.known)
+    Console(highlight=False).print(table)
+    typer.echo("fits a card of  " + "  ".join(f"{n:g} GiB: {'yes' if ok else 'no'}" for n, ok in found.cards.items()))
+    for other in found.overrides:
+        saved, total = ((size / (1 << 30)) for size in (found.estimate.total - other.total, other.total))
+        typer.echo(f"  {other.words:<56} saves {saved:5.2f} GiB, leaves {total:.2f}")
 
 
 def _spread(spread: tuple[int, int, int]) -> str:

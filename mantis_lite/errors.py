@@ -44,5 +44,11 @@ class SampleError(DataError):
         return type(self), (self.where, self.found, self.remedy, self.sample_id)
 
 
+class OutOfMemory(MantisError):
+    """A step that the card has no room for."""
+
+    exit_code = 4
+
+
 class FitError(SampleError):
     """One row that is larger than a pack."""

@@ -24,6 +24,8 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
     _, command, *rest = words
     if command in ("train", "check"):
         load_recipe(rest[0], rest[1:])
+    elif command == "fit":
+        load_recipe(rest[0], ["data=x", *(word for word in rest[1:] if "=" in word)])
     elif command == "predict":  # of a run that a reader has made
         recipe_of(rest[0], [word for word in rest[1:] if not word.startswith("--")])
     else:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from mantis_lite.cli import app
-from mantis_lite.errors import RecipeError, SampleError
+from mantis_lite.errors import OutOfMemory, RecipeError, SampleError
 from mantis_lite.models.attention import chosen_attention
 from mantis_lite.recipe import load_recipe, make_recipe
 from mantis_lite.training.run import start, train
@@ -312,3 +312,22 @@ def test_the_quickstart_learns_what_it_could_not_do(tmp_path):
         outcome = quickstart([f"run_dir={tmp_path / 'run'}"], [], False, said.append)
     assert outcome.before < 0.5 and outcome.after >= 0.9
     assert (outcome.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_out_of_memory_says_where_and_what_to_do(settings, tmp_path):
+    """A CPU has no such error of its own, so the second step raises it."""
+    run = start(make_recipe(settings))
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    run.trainer.add_callback(Full())
+    with pytest.raises(OutOfMemory) as caught:
+        run.train()
+    packs = run.schedule.packs[run.schedule.accumulation : 2 * run.schedule.accumulation]
+    tokens = max(int(run.prepared.train.lengths[pack, 0].sum()) for pack in packs)
+    assert str(caught.value).startswith(f"out of memory in step 2, whose packs have up to {tokens:,} tokens and ")
+    assert f"`mantis-lite fit {tmp_path / 'run/recipe.yaml'}` shows what takes it" in str(caught.value)
+    assert caught.value.exit_code == 4

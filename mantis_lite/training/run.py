@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,7 +27,7 @@ from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, sc
 from ..data.encode import Encoder
 from ..data.labels import Labels, some
 from ..data.prepare import Prepared, prepare, write_rejects
-from ..errors import RecipeError, SampleError
+from ..errors import OutOfMemory, RecipeError, SampleError, one_line
 from ..models.adapters import PartSize, find_adapter, make_trainable, part_sizes
 from ..models.attention import chosen_attention
 from ..models.checkpoint import Checkpoint, open_checkpoint
@@ -74,9 +75,21 @@ class Run:
     def train(self) -> Path:
         """Train to the end, from the newest checkpoint where there is one; returns the folder of what was trained."""
         run_dir = self.recipe.run_dir
-        self.trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)))
+        try:
+            self.trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)))
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from None
         draw_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
         return self.save()
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+        """What to say of a step without room: its largest pack, and where to see what would help."""
+        step, each = self.trainer.state.global_step, self.schedule.accumulation
+        packs = self.schedule.packs[step * each : (step + 1) * each]
+        tokens, patches = np.max([self.prepared.train.lengths[pack].sum(0) for pack in packs], axis=0)
+        found = f"out of memory in step {step + 1}, whose packs have up to {tokens:,} tokens and {patches:,} patches"
+        remedy = f"`mantis-lite fit {self.recipe.run_dir / 'recipe.yaml'}` shows what takes it, and what would help."
+        return OutOfMemory(f"{found}: {one_line(error)}\n  {remedy}")
 
     def save(self) -> Path:
         """Save the adapter as PEFT does, or the model in its published layout; returns the folder."""

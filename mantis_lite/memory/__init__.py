@@ -1,0 +1,1 @@
+"""How much memory a training step takes, known without weights, without a GPU and without a network."""

@@ -1,0 +1,221 @@
+"""A recipe, a model's config and its largest pack -> bytes of a step's peak, by what they are for."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..models.adapters import HEAD, make_trainable, part_of
+from ..models.family import LLAMA_LAYERS, Family
+from ..models.head import classifier_of
+from ..models.llava import LLAVA
+from ..recipe import Recipe
+from .ledger import BLOCK
+from .rehearsal import Machine, Pack, rehearse
+from .standins import Packed
+from .standins import pack as in_4_bits
+
+GIB = 1 << 30
+
+CONTEXT = 610 << 20
+"""What a process takes of a card before its first tensor: an idle one beside the run on an H100 held so much
+(benchmarks/results/gpu_step_idefics2.json)."""
+
+SEGMENT = 20 << 20
+"""The allocator asks the card for this much at a time for middling tensors (kLargeBuffer), and splits it."""
+
+UNFILLED = 0.03
+"""The share of what comes and goes that lies in gaps between tensors. An assumption, of steps whose tensors are of few
+sizes: only a measurement of torch.cuda.max_memory_reserved beside max_memory_allocated would tell."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of a step, by term; `allocated` are the tensors', `total` those of the card."""
+
+    terms: dict[str, int]
+    gpu: bool
+
+    @property
+    def allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated would say."""
+        return sum(self.terms.values())
+
+    @property
+    def overhead(self) -> dict[str, int]:
+        """What a GPU takes on top of tensors."""
+        if not self.gpu:
+            return {}
+        passing = sum(size for term, size in self.terms.items() if not term.startswith(("weights", "optimizer")))
+        return {"CUDA context": CONTEXT, "gaps between tensors": int(passing * UNFILLED) + SEGMENT}
+
+    @property
+    def total(self) -> int:
+        return self.allocated + sum(self.overhead.values())
+
+
+def estimate(
+    config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None = None
+) -> Estimate:
+    """The peak of a training step. A `config` without pictures, of a plain decoder, comes without a `family`."""
+    model = build(config, recipe, machine, family)
+    terms: Counter[str] = Counter(dict(weights(model, family, machine)))
+    terms["optimizer"] = sum(optimizer_bytes(recipe.memory.optimizer, model, machine))
+    return Estimate(dict(terms + activations(config, recipe, pack, machine, family)), machine.gpu)
+
+
+def activations(
+    config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None = None
+) -> Counter[str]:
+    """Bytes that come and go in a step, by term, at its peak.
+
+    Layers of a language model are alike, so all that is alive in a phase of the step grows by as much with each: two
+    shallow models tell of a deep one. Not where only some layers are checkpointed; then it is walked through whole.
+    """
+    depth = config.get_text_config().num_hidden_layers
+    if depth <= DEEP or machine.checkpointed:
+        return _most(_walk(config, recipe, pack, machine, family))
+    low, high = (_walk(shallow(config, layers), recipe, pack, machine, family) for layers in (DEEP - 1, DEEP))
+    peaks = {}
+    for phase, more in high.items():
+        less = low[phase]
+        peaks[phase] = Counter({term: more[term] + (more[term] - less[term]) * (depth - DEEP) for term in more | less})
+    return _most(peaks)
+
+
+DEEP = 4
+"""Layers of the deeper of the two models that are walked through: a first, a last and two between."""
+
+
+def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config with so many layers in its language model."""
+    config = deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _walk(
+    config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None
+) -> dict[str, Counter[str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return rehearse(build(config, recipe, machine, family), machine, pack)
+
+
+def _most(peaks: dict[str, Counter[str]]) -> Counter[str]:
+    """The phase in which most is alive."""
+    return +max(peaks.values(), key=lambda terms: terms.total())
+
+
+def build(config: PreTrainedConfig, recipe: Recipe, machine: Machine, family: Family | None) -> nn.Module:
+    """The model as it trains, on the meta device: parts in 4 bits, frozen, adapted."""
+    recipe = recipe.model_copy(
+        update={
+            "lora": recipe.lora.model_copy(update={"init": "default"}),  # the others go by the weights' numbers
+            "model": recipe.model.model_copy(update={"adapter": None}),
+        }
+    )
+    labels = max(1, len(recipe.head.labels or ())) if recipe.task == "classify" else None
+    model = bare(config, torch.float32 if recipe.method == "full" else machine.dtype, family, labels)
+    said = family or DECODER
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name not in ("lm_head", HEAD) and part_of(name, said) in recipe.quantized:
+            in_4_bits(module, machine.dtype)
+    model.is_loaded_in_4bit = bool(recipe.quantized)  # type: ignore[assignment]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_trainable(model, recipe, said)
+
+
+def bare(
+    config: PreTrainedConfig, dtype: torch.dtype, family: Family | None = None, labels: int | None = None
+) -> PreTrainedModel:
+    """A config's model on the meta device, without weights; with a head of so many scores where `labels` says so."""
+    config = deepcopy(config)
+    with torch.device("meta"), no_init_weights():
+        if labels is not None:
+            config.num_labels = labels
+            model = classifier_of(config)._from_config(config, dtype=dtype)
+        else:
+            kind = AutoModelForImageTextToText if family else AutoModelForCausalLM
+            model = kind.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+DECODER = replace(LLAVA, parts={"language_model": ("model",)}, targets={"language_model": LLAMA_LAYERS})
+"""What is to be said of a decoder without pictures."""
+
+
+def counts(model: nn.Module, family: Family) -> Counter[str]:
+    """Parameters by part, tied ones once."""
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        found[part_of(name, family)] += parameter.numel()
+    return found
+
+
+def weights(model: nn.Module, family: Family | None, machine: Machine) -> Iterator[tuple[str, int]]:
+    """Bytes of weights by part and precision; those of adapters apart."""
+    sizes: Counter[str] = Counter()
+    owners = {id(module.weight): module for module in model.modules() if isinstance(module, Packed)}
+    block = BLOCK if machine.gpu else 1
+    for name, parameter in model.named_parameters():
+        part = (part_of(name, family) if family else "language_model").replace("_", " ")
+        if ".lora_" in name or ".modules_to_save." in name or "trainable_tokens" in name:
+            sizes["weights: adapters"] += _round(parameter.numel() * machine.trained.itemsize, block)
+        elif id(parameter) in owners:
+            sizes[f"weights: {part}, 4 bits"] += nf4_bytes(parameter.numel(), block)
+        else:
+            width = (machine.trained if parameter.requires_grad else parameter.dtype).itemsize
+            kind = "float32" if width == 4 else "16 bits"
+            sizes[f"weights: {part}, {kind}"] += _round(parameter.numel() * width, block)
+    yield from sizes.items()
+
+
+def nf4_bytes(count: int, block: int = 1) -> int:
+    """Bytes of a weight of so many numbers as bitsandbytes stores it: nf4 in blocks of 64, doubly quantised.
+
+    Half a byte a number; a byte a block for its scale; a float32 for each 256 of these, and tables.
+    """
+    blocks = -(-count // 64)
+    tables = 4 * 256 + 4 * 16 + 4  # the scales' code, nf4's own, the scales' mean
+    return _round(-(-count // 2), block) + _round(blocks, block) + _round(4 * -(-blocks // 256), block) + tables
+
+
+def optimizer_bytes(name: str, model: nn.Module, machine: Machine) -> Iterator[int]:
+    """Bytes on the card of each trained parameter's state.
+
+    AdamW has two float32. bitsandbytes' in 8 bits has two bytes and two float32 a block of 256, but two float32 where
+    there are fewer than 4,096 numbers, and for embeddings (transformers' Trainer). Paged states lie on the host.
+    """
+    words = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    block = BLOCK if machine.gpu else 1
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        count = parameter.numel()
+        small = "8bit" in name and count >= 4096 and id(parameter) not in words
+        if name.startswith("paged") and count >= 100_000:
+            yield 2 * _round(4 * -(-count // 256), block) if small else 0
+        elif small:
+            yield 2 * (_round(count, block) + _round(4 * -(-count // 256), block))
+        elif name == "sgd":
+            yield 0
+        else:
+            yield 2 * _round(machine.trained.itemsize * count, block)
+
+
+def _round(size: int, block: int) -> int:
+    return -(-size // block) * block

@@ -1,0 +1,172 @@
+"""Memory known beforehand: parameters to the number, peaks of steps that were measured, and what a user is told."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from helpers import chat, recipe, write_rows
+
+from mantis_lite.errors import RecipeError
+from mantis_lite.memory.bases import FOLDER, find_base
+from mantis_lite.memory.estimate import activations, bare, counts, estimate, nf4_bytes
+from mantis_lite.memory.rehearsal import Machine, Pack
+from mantis_lite.models.adapters import part_of
+from mantis_lite.recipe import load_recipe, recipes_dir
+from mantis_lite.report.fit import fit, machine_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import gpu_step, memory
+
+RESULTS = json.loads((Path(memory.__file__).parent / "results" / "memory.json").read_text())["figures"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Data, and the folder of a random model of a family."""
+    folder = tmp_path_factory.mktemp("memory")
+    return memory.make_rows(folder / "data"), lambda family: memory.make_model(family, folder / family)
+
+
+def test_parameters_of_a_config_are_those_of_its_model(family, checkpoint_of):
+    checkpoint, found = checkpoint_of(family), Counter()
+    for name, parameter in tiny(family).named_parameters():
+        found[part_of(name, checkpoint.family)] += parameter.numel()
+    assert counts(bare(checkpoint.config, torch.float32, checkpoint.family), checkpoint.family) == found
+
+
+@pytest.mark.parametrize(
+    "name, part, millions",
+    [
+        ("TIGER-Lab/Mantis-8B-siglip-llama3", "language_model", 6_979 + 2 * 525.3),
+        ("TIGER-Lab/Mantis-8B-siglip-llama3", "vision_tower", 428),
+        ("TIGER-Lab/Mantis-8B-clip-llama3", "language_model", 6_979 + 2 * 525.3),
+        ("TIGER-Lab/Mantis-8B-Idefics2", "projector", 743),
+        ("TIGER-Lab/Mantis-8B-Idefics2", "vision_tower", 418),
+        ("TIGER-Lab/Mantis-8B-Fuyu", "language_model", 9_397),
+    ],
+)
+def test_bases_have_the_published_parameters(name, part, millions):
+    base = find_base(name)
+    found = counts(bare(base.config, torch.bfloat16, base.family), base.family)
+    assert found[part] / 1e6 == pytest.approx(millions, rel=0.002)
+
+
+def test_every_recipe_has_a_base_that_says_where_it_is_from():
+    for file in FOLDER.glob("*.json"):
+        assert json.loads(file.read_text())["_source"]
+    for path in recipes_dir().glob("*.yaml"):
+        model = load_recipe(path, ["data=x.json"]).model.name
+        assert model == "tiny" or find_base(model)
+
+
+def test_a_base_that_does_not_come_with_the_package_is_named():
+    with pytest.raises(RecipeError, match="fit: the config of someone/model does not come with the package\n  Connect"):
+        find_base("someone/model")
+
+
+@pytest.mark.parametrize("rows, columns", [(256, 688), (96, 256), (4096, 128)])
+def test_a_weight_in_4_bits_takes_what_bitsandbytes_stores(rows, columns):
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(torch.randn(rows, columns), compress_statistics=True, quant_type="nf4")
+    parts = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    assert nf4_bytes(rows * columns) == sum(part.numel() * part.element_size() for part in parts)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llava, lora, 512",
+        "llava, qlora, 1024",
+        "idefics2, lora, 1024",
+        "fuyu, full, checkpointing, 1024",
+        "qwen2_vl, lora, 1024",
+    ],
+)
+def test_a_step_takes_what_was_estimated(case, made):
+    data, model = made
+    family, tokens, overrides = memory.CASES[case]
+    assert abs(memory.on_cpu(model(family), data, tokens, overrides)["error"]) < 0.02
+
+
+def test_a_deep_model_is_told_of_by_two_shallow_ones():
+    config, small = memory.of_llama(
+        "qlora", {"r": 8}, layers=9, hidden_size=256, intermediate_size=512, num_attention_heads=8, vocab_size=512
+    )
+    from mantis_lite.memory import estimate as module
+
+    pack, machine = Pack(1024, 512, 200), Machine(accumulates=False)
+    told = activations(config, small, pack, machine)
+    whole = module._most(module._walk(config, small, pack, machine, None))
+    assert told == whole
+
+
+def test_a_step_on_a_gpu_took_what_was_estimated(tmp_path):
+    kind, case = "llava", "qlora, packs of 8192"
+    data = gpu_step.make_data(tmp_path / "data", 200)
+    taken = json.loads((Path(memory.__file__).parent / "results" / f"gpu_step_{kind}.json").read_text())["figures"]
+    model = memory.step_checkpoint(kind, tmp_path / "model")
+    assert abs(memory.on_gpu(kind, case, taken[case]["peak_gib"], model, data)["error"]) < 0.03
+
+
+def test_a_peer_took_what_was_estimated():
+    assert all(-0.08 <= figure["error"] <= 0.15 for figure in memory.torchtune().values())
+
+
+def test_the_measurements_that_are_written_down_hold_to_their_bounds():
+    assert len(RESULTS["cpu"]["cases"]) >= 12 and RESULTS["cpu"]["mean_absolute_error"] <= 0.05
+    assert RESULTS["gpu"]["largest"] <= 0.03
+    for name, point in RESULTS["published"]["points"].items():
+        # The one that is not of this package's kind: GPTQ in float16 under DeepSpeed.
+        low, high = (-0.16, 0.15) if name.startswith("H7, qlora") else (-0.08, 0.15)
+        assert low <= point["error"] <= high, name
+
+
+def test_settings_take_less_in_the_order_one_expects():
+    config, lora = memory.of_llama("lora", {"r": 8}, layers=3, hidden_size=256, num_attention_heads=8, vocab_size=512)
+    pack = Pack(2048, 1024, 500)
+
+    def total(**settings):
+        return estimate(config, lora, pack, Machine(**settings)).total
+
+    kept, again = total(checkpointed=0), total()
+    assert kept > total(checkpointed=1) > again
+    assert again > total(offload=True)
+    assert again > total(mlp_tile=256)
+    assert again > total(fused=True)
+    assert total(attention="eager") > total(attention="sdpa") > again
+
+
+def test_a_run_with_data_is_estimated_by_its_own_plan(llava_folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("What is it?", "A dog.", images=(n, n + 1)) for n in range(4)])
+    found = fit("chat", [f"model={llava_folder}", f"data={rows}", "packing.max_length=256"], 8)
+    assert found.known.startswith("the largest of the data's ") and found.pack.grids
+    assert found.cards == {8: True} and found.pack.tokens <= 256
+    assert all(other.total < found.estimate.total for other in found.overrides)
+
+
+def test_without_data_a_full_pack_is_assumed_and_said_so(folder_of):
+    found = fit("chat", [f"model={folder_of('idefics2')}", "packing.max_length=128"], 8)
+    assert found.known.startswith("assumed: a full pack of 128 tokens with ") and found.pack.tokens == 128
+
+
+def test_a_recipe_is_a_machine():
+    machine = machine_of(recipe(memory={"checkpointing": 3, "mlp_tile": 64, "kernels": "liger"}, task="chat"), True)
+    assert (machine.checkpointed, machine.mlp_tile, machine.fused, machine.head) == (3, 64, True, "fused")
+    assert machine_of(recipe(memory={"checkpointing": "off"}), True).checkpointed == 0
+
+
+def test_the_command_ends_in_4_where_it_does_not_fit(llava_folder):
+    from typer.testing import CliRunner
+
+    from mantis_lite.cli import app
+
+    words = ["fit", "chat", f"model={llava_folder}", "packing.max_length=256"]
+    fits = CliRunner().invoke(app, [*words, "--gpu", "8"])
+    assert fits.exit_code == 0 and "fits a card of  8 GiB: yes" in fits.stdout and "CUDA context" in fits.stdout
+    small = CliRunner().invoke(app, [*words, "--gpu", "1", "packing.max_length=8192", "memory.attention=eager"])
+    assert small.exit_code == 4 and "1 GiB: no" in small.stdout and "saves" in small.stdout
