@@ -28,6 +28,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.preparation
 	$(BIN)/python -m benchmarks.clips
+	$(BIN)/python -m benchmarks.memory
 
 # On a machine with an NVIDIA GPU, in an environment that holds the package.
 bench-gpu:
