@@ -84,7 +84,7 @@ class Run:
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
         """What to say of a step without room: its largest pack, and where to see what would help."""
-        step, each = self.trainer.state.global_step, self.schedule.accumulation
+        step, each = min(self.trainer.state.global_step, self.schedule.steps - 1), self.schedule.accumulation
         packs = self.schedule.packs[step * each : (step + 1) * each]
         tokens, patches = np.max([self.prepared.train.lengths[pack].sum(0) for pack in packs], axis=0)
         found = f"out of memory in step {step + 1}, whose packs have up to {tokens:,} tokens and {patches:,} patches"
