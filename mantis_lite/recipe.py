@@ -216,14 +216,14 @@ class Recipe(Section):
         return ["language_model"] if self.method == "qlora" else []
 
 
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Iterable[str] = (), unstated: str | None = None) -> Recipe:
     """Read a recipe by name or file and apply `key=value` overrides, dots for nesting.
 
     Values are YAML 1.2: `true` and `false` alone are booleans, `1e-4` is a number. Raises RecipeError, one line a
-    mistake.
+    mistake. `unstated` stands for the data where neither names any.
     """
     path = find_recipe(str(name))
-    return make_recipe({"run_dir": f"runs/{path.stem}"} | _read_yaml(path), overrides, str(path))
+    return make_recipe({"run_dir": f"runs/{path.stem}", "data": unstated} | _read_yaml(path), overrides, str(path))
 
 
 def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:

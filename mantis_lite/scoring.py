@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from .metrics import Metrics, draw_confusion, probabilities, score_metrics
 from .models.adapters import load_adapter
 from .models.checkpoint import open_checkpoint
 from .models.head import labels_of, with_head
-from .models.load import load_model, placed, working_dtype
+from .models.load import load_model, loader_workers, placed, working_dtype
 from .recipe import ModelRecipe, Recipe, load_recipe, make_recipe
 
 
@@ -156,7 +155,7 @@ def _score(scorer: Scorer, prepared: Prepared) -> tuple[list[int], np.ndarray]:
     packs: DataLoader = DataLoader(
         pack_epoch(samples, scorer.recipe.packing),  # type: ignore[arg-type]
         collate_fn=_Packs(samples, scorer.encoder, skips),
-        num_workers=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0,
+        num_workers=loader_workers(),
     )
     scored: dict[int, np.ndarray] = {}
     for members, batch, errors in packs:

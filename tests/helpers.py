@@ -132,3 +132,12 @@ def write_rows(path: Path, rows: list[dict]) -> str:
         lines.append(json.dumps(row | {"images": names}))
     path.write_text("\n".join(lines) + "\n")
     return str(path)
+
+
+def logs_of(run_dir: Path) -> list[dict]:
+    """What a run logged, in order."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [log["loss"] for log in logs_of(run_dir) if "loss" in log]

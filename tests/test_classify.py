@@ -12,7 +12,7 @@ import pytest
 import torch
 from clips_made import make
 from fake_hub import FakeHub
-from helpers import SHARED, picture, recipe
+from helpers import SHARED, logs_of, losses, picture, recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -72,14 +72,6 @@ def settings_of(model, data, run_dir, problem="regression", **more):
 @pytest.fixture
 def settings(llava_folder, tmp_path):
     return settings_of(llava_folder, write(tmp_path / "rows.json", LABELS["regression"]), tmp_path / "run")
-
-
-def logs_of(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [log["loss"] for log in logs_of(run_dir) if "loss" in log]
 
 
 @pytest.mark.parametrize("problem", LABELS)

@@ -1,6 +1,5 @@
 """Parts in 4 bits: which they are, that training on them is training on what they stand for, and what loading needs."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from helpers import chat, recipe, write_rows
+from helpers import chat, losses, recipe, write_rows
 from torch import nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
@@ -95,11 +94,6 @@ def settings(llava_folder, tmp_path):
     }
 
 
-def losses_of(run_dir) -> list[float]:
-    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [log["loss"] for log in logs if "loss" in log]
-
-
 def test_the_table_is_the_same_after_a_resume(settings, tmp_path):
     from test_train import stopped
 
@@ -112,7 +106,7 @@ def test_the_table_is_the_same_after_a_resume(settings, tmp_path):
     assert start(made).sizes == before
     train(made)
     train(make_recipe(settings | {"run_dir": str(tmp_path / "straight")}))
-    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "straight"), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
@@ -123,7 +117,7 @@ def test_optimisers_with_small_or_paged_states_learn(settings, tmp_path, optimiz
     run.train()
     kinds = {state["state1"].dtype for state in run.trainer.optimizer.state.values()}
     assert (torch.uint8 in kinds) == ("8bit" in optimizer)
-    falling = losses_of(tmp_path / "run")
+    falling = losses(tmp_path / "run")
     assert falling[-1] < falling[0] - 0.05
 
 

@@ -128,7 +128,7 @@ class Encoder:
     def encode(self, sample: Sample) -> Encoded:
         """The sample's tensors; opens its pictures and clips. Raises SampleError."""
         sample = self.frames.lay_out(sample)
-        return self._encode(sample, self.render(sample))
+        return self._encode(sample, self._render(sample))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The sample's turns and the header of the next answer, as `encode`, all without loss."""
@@ -138,7 +138,9 @@ class Encoder:
 
     def render(self, sample: Sample) -> list[Piece]:
         """The sample written out in the template. Raises SampleError where its text would become a special token."""
-        sample = self.frames.lay_out(sample)
+        return self._render(self.frames.lay_out(sample))
+
+    def _render(self, sample: Sample) -> list[Piece]:
         self._refuse_reserved(sample)
         if self.score is not None and not self.score.names:
             return plain(sample, self.template, self.vision.wrap)
@@ -182,7 +184,7 @@ class Encoder:
     def _written(self, sample: Sample) -> tuple[Sample, list[Piece]] | SampleError:
         try:
             sample = self.frames.lay_out(sample)
-            return sample, self.render(sample)
+            return sample, self._render(sample)
         except SampleError as error:
             return error
 

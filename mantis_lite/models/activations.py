@@ -24,11 +24,15 @@ def keep_less(model: PreTrainedModel, memory: MemoryRecipe) -> None:
         tile_mlps(model, memory.mlp_tile)
 
 
-def checkpointed_layers(memory: MemoryRecipe) -> int | None:
-    """How many layers of the language model are computed again, None being all: on a GPU, unless the recipe says."""
+def checkpointed_layers(memory: MemoryRecipe, gpu: bool | None = None) -> int | None:
+    """How many layers of the language model are computed again, None being all: on a GPU, unless the recipe says.
+
+    Whether there is a `gpu` is looked up where it is not said.
+    """
     if isinstance(memory.checkpointing, int):
         return memory.checkpointing
-    full = memory.checkpointing == "full" or (memory.checkpointing == "auto" and torch.cuda.is_available())
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    full = memory.checkpointing == "full" or (memory.checkpointing == "auto" and gpu)
     return None if full else 0
 
 

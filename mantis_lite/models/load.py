@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from copy import deepcopy
@@ -30,6 +31,11 @@ def working_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def loader_workers() -> int:
+    """Processes that decode pictures beside a GPU; on a CPU they would only take its cores."""
+    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
 
 
 def load_model(

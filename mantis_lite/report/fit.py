@@ -21,6 +21,7 @@ from ..errors import RecipeError
 from ..memory.bases import find_base
 from ..memory.estimate import GIB, Estimate, estimate
 from ..memory.rehearsal import Machine, Pack, grid
+from ..models.activations import checkpointed_layers
 from ..models.checkpoint import SMALL_FILES, open_checkpoint
 from ..models.family import Family
 from ..models.load import stated_head
@@ -77,12 +78,7 @@ class _Model:
 
 def read(name: str, overrides: Sequence[str]) -> Recipe:
     """A recipe that need not say which data. Raises RecipeError."""
-    try:
-        return load_recipe(name, overrides)
-    except RecipeError as error:
-        if not str(error).startswith("data: no data was given"):
-            raise
-    return load_recipe(name, [f"data={UNSTATED}", *overrides])
+    return load_recipe(name, overrides, unstated=UNSTATED)
 
 
 def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> Fit:
@@ -99,10 +95,8 @@ def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> F
 def machine_of(recipe: Recipe, accumulates: bool) -> Machine:
     """The GPU that a recipe would run on, as far as memory goes."""
     memory = recipe.memory
-    layers = {"auto": None, "full": None, "off": 0}
-    kept = memory.checkpointing
     return Machine(
-        checkpointed=kept if isinstance(kept, int) else layers[kept],
+        checkpointed=checkpointed_layers(memory, gpu=True),
         mlp_tile=memory.mlp_tile,
         attention="segment" if memory.attention == "auto" else memory.attention,
         fused=memory.kernels == "liger",

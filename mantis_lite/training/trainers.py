@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from ..data.encode import IGNORE
 from ..data.labels import Labels
 from ..errors import RecipeError
 from ..metrics import score_metrics
-from ..models.load import working_dtype
+from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
 
 
@@ -64,7 +63,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": not gpu,
-        "dataloader_num_workers": min(4, os.cpu_count() or 1) if gpu else 0,
+        "dataloader_num_workers": loader_workers(),
         "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0.0
         "logging_steps": 1,
         "report_to": "none",
