@@ -61,14 +61,14 @@ def layouts(sizes: list[tuple[int, int]]) -> dict[str, dict[str, Any]]:
     """The same pictures by shape, without a bound, and as the stock processor pads them, on the GPU."""
     from accelerate.utils import send_to_device
 
-    from mantis_lite.models import idefics2
+    from mantis_lite.models import idefics2, tower
 
     random = np.random.default_rng(0)
     views = [random.standard_normal((3, height, width), dtype=np.float32) for width, height in sizes]
     made = {"by_shape": {"pixel_values": idefics2.by_shape(views, 14)}, "stock": pad(views)}
-    bound, idefics2.TOWER_PATCHES = idefics2.TOWER_PATCHES, 10**9
+    bound, tower.TOWER_PATCHES = tower.TOWER_PATCHES, 10**9
     made["unbounded"] = {"pixel_values": idefics2.by_shape(views, 14)}
-    idefics2.TOWER_PATCHES = bound
+    tower.TOWER_PATCHES = bound
     return {name: send_to_device(inputs, "cuda") for name, inputs in made.items()}
 
 

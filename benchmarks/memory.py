@@ -10,10 +10,9 @@ again. published: Llama-3.1-8B by torchtune and Unsloth, Qwen-7B by its team; wh
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,30 +179,14 @@ def make_rows(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-def measured(run: Callable[[], Any]) -> int:
-    """The most bytes torch's CPU allocator had given out at once while this ran, beyond what it had before."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()  # what a run before left behind would be given back in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = top = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
-
-
 def on_cpu(model: Path, data: Path, tokens: int, overrides: Sequence[str]) -> dict[str, float]:
     """Train two steps of one pack each, and estimate the same."""
-    import torch
 
     from mantis_lite.memory.estimate import estimate
-    from mantis_lite.memory.rehearsal import Machine
-    from mantis_lite.models.activations import checkpointed_layers
+    from mantis_lite.memory.packs import largest_packs
+    from mantis_lite.memory.step import machine_of
     from mantis_lite.recipe import make_recipe
-    from mantis_lite.report.fit import packs_of
+    from mantis_lite.report.probe import peak_on_cpu
     from mantis_lite.training.run import start
 
     with tempfile.TemporaryDirectory() as folder:
@@ -214,26 +197,11 @@ def on_cpu(model: Path, data: Path, tokens: int, overrides: Sequence[str]) -> di
             settings.pop("lora")
         recipe = make_recipe(settings | {"train": train}, [f"packing.max_length={tokens}", *own])
         run = start(recipe, [])
-        held = {t.data_ptr(): t.untyped_storage().nbytes() for t in _held(run.trainer.model)}
-        peak = sum(held.values()) + measured(run.trainer.train)
-        packs = packs_of(run.schedule, run.prepared.train, run.encoder)
-        machine = Machine(
-            gpu=False,
-            dtype=torch.float32,
-            checkpointed=checkpointed_layers(recipe.memory),
-            mlp_tile=recipe.memory.mlp_tile,
-            accumulates=False,
-        )
+        peak = peak_on_cpu(run.trainer.model, run.trainer.train)
+        packs = largest_packs(run.schedule, run.prepared.train, run.encoder).values()
+        machine = machine_of(recipe, accumulates=False, gpu=False)
         found = [estimate(run.checkpoint.config, recipe, pack, machine, run.checkpoint.family) for pack in packs]
     return compared(max(each.allocated for each in found) / 2**20, peak / 2**20, "mib")
-
-
-def _held(model: Any) -> Iterator[Any]:
-    """Weights and what bitsandbytes keeps beside them."""
-    for parameter in [*model.parameters(), *model.buffers()]:
-        yield parameter
-        if state := getattr(parameter, "quant_state", None):
-            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
 def compared(estimated: float, found: float, unit: str) -> dict[str, float]:
@@ -282,9 +250,10 @@ def on_gpu(family: str, case: str, measured_gib: float, model: Path, data: Path)
     from mantis_lite.data.dataset import Schedule, pack_epoch
     from mantis_lite.data.prepare import prepare
     from mantis_lite.memory.estimate import estimate
+    from mantis_lite.memory.packs import largest_packs
+    from mantis_lite.memory.step import machine_of
     from mantis_lite.models.checkpoint import open_checkpoint
     from mantis_lite.recipe import load_recipe
-    from mantis_lite.report.fit import machine_of, packs_of
 
     from . import gpu_step
 
@@ -295,7 +264,7 @@ def on_gpu(family: str, case: str, measured_gib: float, model: Path, data: Path)
     samples = prepare(recipe.data, recipe.packing, encoder).train
     plan = Schedule(pack_epoch(samples, recipe.packing)[:8], [8], 1)
     machine = machine_of(recipe, accumulates=False)
-    packs = packs_of(plan, samples, encoder)
+    packs = largest_packs(plan, samples, encoder).values()
     found = [estimate(checkpoint.config, recipe, pack, machine, checkpoint.family) for pack in packs]
     return compared(max(each.allocated for each in found) / 2**30, measured_gib, "gib")
 
@@ -342,7 +311,7 @@ def torchtune() -> dict[str, Any]:
     import torch
 
     from mantis_lite.memory.estimate import estimate
-    from mantis_lite.memory.rehearsal import Machine, Pack
+    from mantis_lite.memory.step import Machine, Pack
 
     machine, pack = Machine(fused=True, trained=torch.bfloat16), Pack(4096, 2048, 4096)
     figures = {}
@@ -361,7 +330,7 @@ def qwen() -> dict[str, Any]:
     more in adapters.
     """
     from mantis_lite.memory.estimate import estimate
-    from mantis_lite.memory.rehearsal import Machine, Pack
+    from mantis_lite.memory.step import Machine, Pack
 
     shape = {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 151936, "attention_bias": True}
     published = {
@@ -382,12 +351,12 @@ def qwen() -> dict[str, Any]:
 def unsloth() -> dict[str, Any]:
     """Llama-3.1-8B by Unsloth (its docs: QLoRA of rank 32 on all layers, one row): the longest by the card's size.
 
-    Its sizes are read as 1e9 bytes, of which a process can have report/fit.py's share; its technique as fused kernels,
+    Its sizes are read as 1e9 bytes, of which a process can have memory/card.py's share; its technique as fused kernels,
     what layers keep on the host, AdamW in 8 bits. Its own table is a straight line, and so is the estimate.
     """
+    from mantis_lite.memory.card import USABLE
     from mantis_lite.memory.estimate import estimate
-    from mantis_lite.memory.rehearsal import Machine, Pack
-    from mantis_lite.report.fit import USABLE
+    from mantis_lite.memory.step import Machine, Pack
 
     config, recipe = of_llama("qlora", {"r": 32}, "adamw_8bit")
     machine = Machine(fused=True, offload=True)

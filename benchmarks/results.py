@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,23 @@ PACKAGES = (
     "trl",
     "peft",
     "bitsandbytes",
+    "accelerate",
+    "triton",
+    "liger-kernel",
     "tokenizers",
     "datasets",
     "pillow",
     "av",
     "numpy",
 )
+
+
+def installed(name: str) -> str | None:
+    """A package's version, where there is one: triton and liger-kernel are a GPU's, av may be missing there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:
@@ -34,7 +45,7 @@ def machine() -> dict[str, Any]:
         "device": device,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": dict(filter(all, ((name, installed(name)) for name in PACKAGES))),
     }
 
 

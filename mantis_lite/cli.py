@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .report.check import Check
     from .report.fit import Fit
+    from .report.probe import Probe
     from .training.run import Run
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ ImportUpstream = Annotated[
     bool,
     typer.Option("--import-upstream", help="Read the pickles of a model.adapter trained by the original Mantis."),
 ]
+Gpu = Annotated[float | None, typer.Option(min=1, help="The card's memory in GiB: 8, 12, 16, 24, 48, 80.")]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Move an old run in run_dir aside first.")]
 
 
@@ -44,6 +46,7 @@ def train_command(
     overrides: Overrides = None,
     from_scratch: FromScratch = False,
     import_upstream: ImportUpstream = False,
+    gpu: Gpu = None,
 ) -> None:
     """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to resume."""
     from .recipe import load_recipe
@@ -54,7 +57,7 @@ def train_command(
     from .training.run import start
 
     with ProgressBar() as bar:
-        run = start(loaded, [bar], from_scratch, import_upstream)
+        run = start(loaded, [bar], from_scratch, import_upstream, gpu)
         _show_start(run)
         saved = run.train()
     typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
@@ -76,7 +79,10 @@ def check_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def fit_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    gpu: Annotated[float | None, typer.Option(min=1, help="The card's memory in GiB: 8, 12, 16, 24, 48, 80.")] = None,
+    gpu: Gpu = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also load the model and run the largest pack, and compare.")
+    ] = False,
 ) -> None:
     """Say beforehand whether a recipe fits a card, and what would help. Needs no GPU, weights or network."""
     from .recipe import find_recipe
@@ -87,6 +93,10 @@ def fit_command(
 
     found = fit(recipe, overrides or (), gpu)
     _show_fit(found)
+    if probe:
+        from .report.probe import probe as run_probe
+
+        _show_probe(run_probe(found.recipe))
     if not any(found.cards.values()):
         raise typer.Exit(4)
 
@@ -251,6 +261,11 @@ def _show_check(found: Check) -> None:
     console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
     plan = found.schedule
     console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.accumulation} packs; in all {plan.steps:,}")
+    if kept := found.kept:
+        console.print(
+            f"vision cache: {kept.pictures:,} pictures, each used {kept.uses:.1f} times: memory.vision_cache=disk (or "
+            f"memory) would compute their features once, and take {kept.size / 1e6:,.1f} MB"
+        )
     if found.target is None:
         what = f"in template {found.template}, {found.trained_tokens} tokens trained (marked)"
     else:
@@ -269,6 +284,8 @@ def _show_fit(found: Fit) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from .memory.shortage import saving
+
     table = Table(title="memory at the peak of a step", title_justify="left")
     table.add_column("what")
     table.add_column("GiB", justify="right")
@@ -278,12 +295,28 @@ def _show_fit(found: Fit) -> None:
             table.add_row(what, f"{size / (1 << 30):.2f}")
     table.add_section()
     table.add_row("in all", f"{found.estimate.total / (1 << 30):.2f}")
+    if found.choice is not None:
+        for notice in found.choice.notices:
+            typer.echo(notice)
     typer.echo(found.known)
     Console(highlight=False).print(table)
     typer.echo("fits a card of  " + "  ".join(f"{n:g} GiB: {'yes' if ok else 'no'}" for n, ok in found.cards.items()))
     for other in found.overrides:
-        saved, total = ((size / (1 << 30)) for size in (found.estimate.total - other.total, other.total))
-        typer.echo(f"  {other.words:<56} saves {saved:5.2f} GiB, leaves {total:.2f}")
+        typer.echo(f"  {saving(other, found.estimate.total)}")
+
+
+def _show_probe(found: Probe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="memory at the peak of two steps that were run", title_justify="left")
+    for name in ("what", "estimated, GiB", "measured, GiB", "off by"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    for what, estimated, measured in found.figures:
+        sizes = (f"{size / (1 << 30):.3f}" for size in (estimated, measured))
+        table.add_row(what, *sizes, f"{estimated / measured - 1:+.1%}")
+    typer.echo(f"ran a pack of {found.pack.tokens:,} tokens and {found.pack.patches:,} patches on {found.machine}")
+    Console(highlight=False).print(table)
 
 
 def _spread(spread: tuple[int, int, int]) -> str:

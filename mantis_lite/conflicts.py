@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 # Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
 UNBUILT = {
     "trainable.lr": "one learning rate for all parts: train.learning_rate",
-    "memory.vision_cache": "not available yet",
-    "memory.fit": "not available yet",
     "eval.benchmarks": "not available yet",
     "eval.metric": "not available yet",
     "eval.patience": "not available yet",
@@ -66,6 +64,10 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
     if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:
         found = recipe.data.eval
         yield f"data.eval: expected a share between 0 and 1, or a file, found {found}\n  Write data.eval=0.05."
+    if recipe.memory.vision_cache != "off" and (how := recipe.part("vision_tower")) != "frozen":
+        yield f"memory.vision_cache: {recipe.memory.vision_cache}, but trainable.vision_tower={how} changes what a " + (
+            "picture's features are\n  Set trainable.vision_tower=frozen, or memory.vision_cache=off."
+        )
     if recipe.eval.every and recipe.data.eval is None:
         yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."
 

@@ -23,6 +23,7 @@ Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
 Task = Literal["chat", "video", "classify"]
 Problem = Literal["regression", "single_label", "multi_label"]
+Kernel = Literal["lora", "rms_norm", "rope", "swiglu", "layer_norm", "relu_squared"]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -46,7 +47,7 @@ REFUSED = {
     "eval_steps": "set eval.every",
     "do_eval": "set data.eval",
     "train_sampling_strategy": "the plan orders the packs; set packing.seed",
-    "use_liger_kernel": "set memory.kernels=liger",
+    "use_liger_kernel": "set memory.kernels",
     "resume_from_checkpoint": "running again in the same run_dir resumes",
     "prediction_loss_only": "evaluation gives the loss",
     "do_train": "that is what the command does",
@@ -150,14 +151,14 @@ class HeadRecipe(Section):
 
 class MemoryRecipe(Section):
     quantize: list[Part] | None = None
-    attention: Literal["auto", "segment", "sdpa", "eager"] = "auto"
-    kernels: Literal["auto", "liger", "off"] = "auto"
+    attention: Literal["auto", "flash3", "flash2", "varlen", "flex", "segment", "sdpa", "eager"] = "auto"
+    kernels: Literal["auto", "off"] | list[Kernel] = "auto"
     checkpointing: Literal["auto", "full", "off"] | Positive = "auto"
     mlp_tile: Positive | None = None
     offload_activations: StrictBool = False
     vision_cache: Literal["off", "memory", "disk"] = "off"
     optimizer: str = "auto"
-    fit: Literal["auto", "off"] = "auto"
+    fit: Literal["auto", "off"] = "off"
 
 
 class EvalRecipe(Section):

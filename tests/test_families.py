@@ -143,12 +143,35 @@ def test_pictures_of_one_shape_go_through_the_tower_together(encoder_of):
 def test_no_more_patches_at_a_time_than_a_bound(monkeypatch, encoder_of, model_of):
     model, encoder, row = model_of("idefics2"), encoder_of("idefics2"), chat("x", "y", images=tuple(range(12)))
     together = batch_of(encoder, row)
-    monkeypatch.setattr("mantis_lite.models.idefics2.TOWER_PATCHES", 9)
+    monkeypatch.setattr("mantis_lite.models.tower.TOWER_PATCHES", 9)
     apart = batch_of(encoder, row)
     for members, views in apart["pixel_values"]:
         assert len(members) == 1 or len(views) * (views.shape[2] // 14) * (views.shape[3] // 14) <= 9
     assert len(apart["pixel_values"]) > len(together["pixel_values"])
     torch.testing.assert_close(logits_of(model, apart), logits_of(model, together), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "smolvlm"])
+def test_pictures_go_through_the_tower_a_few_at_a_time(monkeypatch, checkpoint_of, encoder_of, name):
+    """Loss and gradients of a projector that trains, which is computed again, are those of all pictures at once."""
+    checkpoint, encoder = checkpoint_of(name), encoder_of(name)
+    batch = batch_of(encoder, chat("x", "y", images=tuple(range(5))))
+    found, seen = [], []
+    for patches, checkpointing in ((10**9, "off"), (1, "full")):
+        monkeypatch.setattr("mantis_lite.models.tower.TOWER_PATCHES", patches)
+        memory = {"checkpointing": checkpointing}
+        model = trainable(checkpoint, method="lora", trainable={"projector": "full"}, memory=memory).train()
+        tower = model.get_submodule(f"base_model.model.{checkpoint.family.parts['vision_tower'][0]}")
+        seen.append([])
+        tower.register_forward_pre_hook(lambda *given: seen[-1].append(1))
+        loss = model(**batch).loss
+        loss.backward()
+        trained = [p.grad for n, p in model.named_parameters() if p.grad is not None and "lora" not in n]
+        found.append((loss, torch.cat([gradient.flatten() for gradient in trained])))
+    (together, gradient), (apart, other) = found
+    assert len(seen[0]) == 1 and len(seen[1]) >= 5
+    assert apart.item() == pytest.approx(together.item(), abs=1e-5)
+    torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpointing_changes_no_gradient(checkpoint_of, encoder_of, family):

@@ -10,8 +10,8 @@ from helpers import chat, recipe, write_rows
 from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
 from mantis_lite.models.activations import decoder_layers
-from mantis_lite.models.attention import segment_attention
-from mantis_lite.models.kernels import fused
+from mantis_lite.models.adapters import make_trainable
+from mantis_lite.models.kernels import KERNELS, fuse
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe
 from mantis_lite.scoring import predict
@@ -23,25 +23,6 @@ pytestmark = [
 ]
 
 LENGTHS = [5, 130, 1, 64]
-
-
-@pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("kv_heads", [2, 8])
-def test_varlen_kernel_equals_a_call_a_segment(kv_heads, window):
-    ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device="cuda")
-    torch.manual_seed(0)
-    shapes = [(1, 8, sum(LENGTHS), 64), (1, kv_heads, sum(LENGTHS), 64), (1, kv_heads, sum(LENGTHS), 64)]
-    packed = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    exact = [x.detach().double().requires_grad_() for x in packed]
-    wanted = torch.randn(1, sum(LENGTHS), 8, 64, device="cuda")
-    for inputs in (packed, exact):
-        out, _ = segment_attention(None, *inputs, None, None, 0.0, ends, max(LENGTHS), window)
-        (out.float() * wanted).sum().backward()
-        if inputs is packed:
-            fast = out
-    assert (fast - out).norm() < 0.01 * out.norm()
-    for a, b in zip(packed, exact, strict=True):
-        assert (a.grad - b.grad).norm() < 0.02 * b.grad.norm()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
@@ -60,25 +41,48 @@ def test_packed_equals_separate(checkpoint_of, encoder_of, family, dtype, bound)
     assert together.item() == pytest.approx(apart.item(), rel=bound)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
-def test_fused_layers_give_the_same_loss_and_gradients(checkpoint_of, encoder_of, family, dtype, bound):
-    pytest.importorskip("liger_kernel")
-    if family == "fuyu":
-        pytest.skip("Persimmon has neither an RMSNorm nor a SwiGLU")
+def test_each_kernel_gives_the_same_loss_and_gradients(checkpoint_of, encoder_of, family, kernel, dtype, bound):
+    """Every parameter trains, so that every layer's gradient is looked at."""
+    if kernel != "lora":
+        pytest.importorskip("liger_kernel")
     checkpoint, encoder = checkpoint_of(family), encoder_of(family)
     rows = [chat("a b c", "d e f", images=(1, 2)), chat("g", "h i j k")]
     batch = collate([encoder.encode(parse(row, "row", None)) for row in rows], encoder.vision.batch)
     batch = recursively_apply(lambda t: t.to(dtype) if t.is_floating_point() else t, send_to_device(batch, "cuda"))
+    made = recipe(checkpoint.name, method="lora", memory={"kernels": "off"}, lora={"r": 4})
+    model = make_trainable(load_model(checkpoint, made), made, checkpoint.family)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+        weight.requires_grad_(kernel != "lora" or "lora_" in name)
+    model.to("cuda", dtype).train()
     found = []
-    for kernels in ("off", "liger"):
-        model = load_model(checkpoint, recipe(checkpoint.name, memory={"kernels": kernels})).to("cuda", dtype)
-        assert bool(fused(model)) == (kernels == "liger")
+    for fused in (False, True):
+        if fused:
+            fuse(model, [kernel])
+            if not any(hasattr(module, "computed_by") for module in model.modules()):
+                pytest.skip(f"{family} has no such layer")
+        model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     (plain, gradient), (ours, theirs) = found
     assert ours == pytest.approx(plain, rel=bound)
     assert (gradient - theirs).norm() < bound * 10 * gradient.norm()
+
+
+def test_auto_fuses_all_that_can_be(folder_of, family, tmp_path):
+    pytest.importorskip("liger_kernel")
+    settings = {
+        "model": str(folder_of(family)),
+        "data": write_rows(tmp_path / "rows.jsonl", [chat("a", "b", images=(1,))]),
+        "run_dir": str(tmp_path / "run"),
+        "train": {"max_steps": 1},
+    }
+    assert not [notice for notice in start(make_recipe(settings)).notices if "not in one kernel" in notice]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])

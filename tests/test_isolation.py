@@ -13,10 +13,20 @@ from torch.nn.functional import cosine_similarity
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.schema import parse
-from mantis_lite.models.attention import chosen_attention, use_attention
+from mantis_lite.errors import RecipeError
+from mantis_lite.models.attention import (
+    BLOCK,
+    KERNELS,
+    block_mask,
+    chosen_attention,
+    require_attention,
+    segment_attention,
+    unavailable,
+    use_attention,
+)
 from mantis_lite.models.load import load_model
 
-ATTENTIONS = ["segment", "sdpa", "eager"]
+ATTENTIONS = ["auto", "sdpa", "eager"]
 ROWS = [
     chat("How do they differ?", "One is red, the other blue.", images=(1, 2)),
     chat("Only words here.", "None to be seen!", "Sure?", "Yes."),
@@ -186,22 +196,104 @@ def test_segment_attention_asks_for_boundaries(model_of, encoder_of, key):
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu", "words"),
+    ("name", "gpu", "installed", "words"),
     [
-        ("auto", None, "one SDPA call a sample, as there is no GPU"),
-        ("segment", (7, 5), "one SDPA call a sample, as the GPU is older than Ampere"),
-        ("auto", (8, 0), "PyTorch's variable-length kernel over all samples of a pack at once"),
-        ("sdpa", (8, 0), "transformers' own sdpa, as the recipe says: with a T x T mask for packs"),
+        ("auto", None, [], "one SDPA call a sample, as there is no GPU"),
+        ("auto", (7, 5), ["flash_attn"], "one SDPA call a sample, as the GPU is older than Ampere"),
+        (
+            "auto",
+            (8, 0),
+            [],
+            "PyTorch's variable-length kernel over all samples of a pack at once, as flash_attn is not installed",
+        ),
+        (
+            "auto",
+            (8, 0),
+            ["flash_attn", "flash_attn_interface"],
+            "FlashAttention 2 over all samples of a pack at once",
+        ),
+        ("auto", (9, 0), ["flash_attn", "flash_attn_interface"], "FlashAttention 3 over all samples of a pack at once"),
+        ("flex", (8, 0), ["triton"], "FlexAttention with a mask of blocks, as the recipe says"),
+        ("sdpa", (8, 0), [], "transformers' own sdpa, as the recipe says: with a T x T mask for packs"),
     ],
 )
-def test_what_attends_and_why_is_said(monkeypatch, name, gpu, words):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
-    monkeypatch.setattr("mantis_lite.models.attention._has_varlen", lambda: gpu >= (8, 0))
+def test_what_attends_and_why_is_said(monkeypatch, name, gpu, installed, words):
+    a_machine_with(monkeypatch, gpu, installed)
     assert chosen_attention(name) == words
+    require_attention(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "fault"),
+    [
+        ("varlen", None, "there is no GPU"),
+        ("flash2", (7, 5), "the GPU is older than Ampere"),
+        ("flash2", (8, 0), "flash_attn is not installed"),
+        ("flash3", (8, 0), "the GPU is no Hopper"),
+        ("flash3", (9, 0), "flash_attn_interface is not installed"),
+        ("flex", (8, 0), "triton is not installed"),
+    ],
+)
+def test_a_kernel_that_is_not_there_is_refused(monkeypatch, name, gpu, fault):
+    a_machine_with(monkeypatch, gpu, [])
+    with pytest.raises(RecipeError, match=rf"memory.attention: {name}, but {fault}\n  Set memory.attention=auto."):
+        require_attention(name)
+
+
+def a_machine_with(monkeypatch, gpu, installed):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
+    monkeypatch.setattr("mantis_lite.models.attention.find_spec", lambda name: name if name in installed else None)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("lengths", [[300, 1, 127, 128, 5], [40], [128, 256], [700]])
+def test_the_mask_of_blocks_is_the_packs(lengths, window):
+    """What FlexAttention reads: each block that is looked at, and within it each pair; against the T x T mask."""
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    total = sum(lengths)
+    blocks = block_mask(ends, total, window)
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    q, k = torch.arange(total)[:, None], torch.arange(total)
+    wanted = (sample[:, None] == sample) & (q >= k) & (q - k < (window or total))
+    looked_at = blocks.to_dense()[0, 0].bool().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    seen = blocks.mask_mod(torch.tensor(0), torch.tensor(0), q, k) & looked_at[:total, :total]
+    assert torch.equal(seen, wanted)
+    assert block_mask(ends, total, window) is blocks
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [None, 16])
+def test_no_sample_sees_another_by_any_kernel_there_is(kernel, window):
+    """Values and gradients of the others changed beyond measure, one sample's stay to the bit; and they are right."""
+    if fault := unavailable(kernel):
+        pytest.skip(f"{kernel}: {fault}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = [5, 130, 1, 64]
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+    torch.manual_seed(0)
+    shapes = [(1, 8, 200, 64), (1, 2, 200, 64), (1, 2, 200, 64)]
+    tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    others = [x.clone() for x in tensors]
+    for x in others:
+        x[:, :, :5] *= -3
+        x[:, :, 135:] += 7
+
+    def attend(given, how):
+        given = [x.detach().requires_grad_() for x in given]
+        out, _ = segment_attention(None, *given, None, None, 0.0, ends, max(lengths), window, kernel=how)
+        (out.float() ** 2)[:, 5:135].sum().backward()
+        return [out[:, 5:135], *(x.grad[:, :, 5:135] for x in given)]
+
+    found = attend(tensors, kernel)
+    for a, b in zip(found, attend(others, kernel), strict=True):
+        assert torch.equal(a, b)
+    for a, exact in zip(found, attend([x.double() for x in tensors], "segment"), strict=True):
+        assert (a.double() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_only_the_language_model_attends_by_segments(model):
-    model = with_attention(model, "segment")
+    model = with_attention(model, "auto")
     attention = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
     by_segment = {name for name, found in attention.items() if found == "mantis_segment"}
     decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())

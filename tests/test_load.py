@@ -16,7 +16,6 @@ from mantis_lite.data.schema import parse
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapters import make_trainable, part_sizes
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.models.kernels import fuse, fused, require_liger
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import ModelRecipe, find_recipe
 
@@ -69,53 +68,11 @@ def test_qlora_learns(in_4_bits, checkpoint, encoder):
 
 @pytest.mark.parametrize(
     ("asked", "found"),
-    [("auto", "mantis_segment"), ("segment", "mantis_segment"), ("sdpa", "sdpa"), ("eager", "eager")],
+    [("auto", "mantis_segment"), ("segment", "mantis_calls"), ("sdpa", "sdpa"), ("eager", "eager")],
 )
 def test_attention_is_the_recipes(checkpoint, asked, found):
     model = load_model(checkpoint, recipe(checkpoint.name, memory={"attention": asked}))
     assert model.get_decoder().config._attn_implementation == found
-
-
-LAYERS = {
-    "llava": {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 2},
-    "idefics2": {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 2},
-    "idefics3": {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 2},
-    "smolvlm": {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 2},
-    "qwen2_vl": {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 2},
-    "qwen2_5_vl": {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 2},
-    "qwen3_vl": {"LigerRMSNorm": 9, "LigerSwiGLUMLP": 2},  # its queries and keys have norms too
-}
-
-
-def test_layers_of_the_language_model_are_fused_whatever_they_are_called(checkpoint_of, family):
-    """Which layers; that they compute the same only a GPU can show (tests/test_gpu.py)."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is in the extra `gpu`")
-    checkpoint = checkpoint_of(family)
-    model = load_model(checkpoint, recipe(checkpoint.name))
-    assert not fused(model)
-    if family == "fuyu":
-        with pytest.raises(
-            RecipeError, match=r"memory.kernels: persimmon has no layer that Liger fuses here\n  Leave it"
-        ):
-            fuse(model)
-    else:
-        fuse(model)
-        assert fused(model) == fused(model.get_decoder()) == LAYERS[family]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_liger_needs_a_gpu():
-    with pytest.raises(
-        RecipeError, match=r"memory.kernels: liger needs an NVIDIA GPU, and there is none\n  Leave it out"
-    ):
-        require_liger()
-
-
-def test_liger_needs_its_package(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("mantis_lite.models.kernels.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"memory.kernels: liger-kernel is not installed\n  pip install"):
-        require_liger()
 
 
 def without(tensors: dict) -> str:

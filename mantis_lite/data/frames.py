@@ -58,10 +58,14 @@ class Frames:
         if (self.media.start or self.media.end) and any(_are_pictures(video) for video in sample.videos):
             yield "frames that are pictures have no times: all were taken, whatever media.start and media.end are"
 
-    def open(self, sample: Sample, max_size: int | None = None) -> list[Picture]:
-        """The pixels of all pictures of a laid out sample, in order; a clip is decoded once. Raises SampleError."""
+    def open(self, sample: Sample, max_size: int | None = None, images: Sequence[Image] | None = None) -> list[Picture]:
+        """The pixels of a laid out sample's pictures, in order: all, or its `images` that are asked for.
+
+        A clip is decoded once. Raises SampleError.
+        """
+        images = sample.images if images is None else images
         wanted: defaultdict[Path, set[Frame]] = defaultdict(set)
-        for image in sample.images:
+        for image in images:
             if isinstance(image, Frame):
                 assert isinstance(image.source, Path)
                 wanted[image.source].add(image)
@@ -72,7 +76,7 @@ class Frames:
             pictures.fit(decoded[image], max_size)
             if isinstance(image, Frame)
             else pictures.open_image(image, sample, max_size)
-            for image in sample.images
+            for image in images
         ]
 
     def _frames(self, video: Video, sample: Sample) -> Iterator[str | Image]:

@@ -15,8 +15,8 @@ from .template import Token, Wrap
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-Pixels = dict[str, np.ndarray]
-"""One picture as the model takes it: arrays by name."""
+Pixels = dict[str, Any]
+"""One picture as the model takes it: arrays by name; or tensors, where its features are kept (`features.py`)."""
 
 Runs = tuple[tuple[str, int], ...]
 """What stands for a picture in a prompt: a `Token` or text, and how many times it is repeated."""
@@ -46,7 +46,8 @@ class Vision:
     `tokens` writes a picture out in `placeholder`s and what stands between them, beginning and ending with a token;
     `patches` counts the vision tower's positions. `pixels` makes one picture's arrays, and `batch` the model's inputs
     from all pictures of a pack in reading order. `positions`, where a family has more than one position a token,
-    gives (R, T) from which tokens are placeholders (T,) and the sample's pictures.
+    gives (R, T) from which tokens are placeholders (T,) and the sample's pictures. `views`, where the tower takes
+    pictures in their own shape, gives the (rows, columns) of its positions for each view of one.
     """
 
     placeholder: Token
@@ -58,3 +59,8 @@ class Vision:
     wrap: Wrap = field(default_factory=Wrap)
     batch: Callable[[Sequence[Pixels]], dict[str, Any]] = lay_end_to_end
     positions: Callable[[np.ndarray, Sequence[Pixels]], np.ndarray] | None = None
+    views: Callable[[Size], Sequence[tuple[int, int]]] | None = None
+
+    def placeholders(self, size: Size) -> int:
+        """How many tokens of a picture of this size are replaced."""
+        return sum(count for part, count in self.tokens(size) if part == self.placeholder)

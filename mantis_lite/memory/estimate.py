@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -19,9 +19,10 @@ from ..models.head import classifier_of
 from ..models.llava import LLAVA
 from ..recipe import Recipe
 from .ledger import BLOCK
-from .rehearsal import Machine, Pack, rehearse
+from .rehearsal import rehearse
 from .standins import Packed
 from .standins import pack as in_4_bits
+from .step import Machine, Pack
 
 GIB = 1 << 30
 
@@ -65,55 +66,72 @@ class Estimate:
 def estimate(
     config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None = None
 ) -> Estimate:
-    """The peak of a training step. A `config` without pictures, of a plain decoder, comes without a `family`."""
-    model = build(config, recipe, machine, family)
-    terms: Counter[str] = Counter(dict(weights(model, family, machine)))
-    terms["optimizer"] = sum(optimizer_bytes(recipe.memory.optimizer, model, machine))
-    return Estimate(dict(terms + activations(config, recipe, pack, machine, family)), machine.gpu)
+    """The peak of a training step. A `config` without pictures, of a plain decoder, comes without a `family`.
 
-
-def activations(
-    config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None = None
-) -> Counter[str]:
-    """Bytes that come and go in a step, by term, at its peak.
-
-    Layers of a language model are alike, so all that is alive in a phase of the step grows by as much with each: two
-    shallow models tell of a deep one. Not where only some layers are checkpointed; then it is walked through whole.
+    A stack's layers are alike, so weights, and all that is alive in a phase of the step, grow by as much with each:
+    shallow models tell of a deep one.
     """
-    depth = config.get_text_config().num_hidden_layers
-    if depth <= DEEP or machine.checkpointed:
-        return _most(_walk(config, recipe, pack, machine, family))
-    low, high = (_walk(shallow(config, layers), recipe, pack, machine, family) for layers in (DEEP - 1, DEEP))
-    peaks = {}
-    for phase, more in high.items():
-        less = low[phase]
-        peaks[phase] = Counter({term: more[term] + (more[term] - less[term]) * (depth - DEEP) for term in more | less})
-    return _most(peaks)
+    deep = {name: depth for name, depth in _stacks(config, machine).items() if depth > SHALLOW + 1}
+    low = dict.fromkeys(deep, SHALLOW)
+    walked = walk(with_depths(config, low), recipe, pack, machine, family)
+    peaks = {phase: terms.copy() for phase, terms in walked.items()}
+    for name, depth in deep.items():
+        with_one_more = walk(with_depths(config, low | {name: SHALLOW + 1}), recipe, pack, machine, family)
+        for phase, less in walked.items():
+            more = with_one_more[phase]
+            for term in more | less:
+                peaks[phase][term] += (more[term] - less[term]) * (depth - SHALLOW)
+    return Estimate(dict(most(peaks)), machine.gpu)
 
 
-DEEP = 4
-"""Layers of the deeper of the two models that are walked through: a first, a last and two between."""
+SHALLOW = 2
+"""Layers of a stack in the model that is walked through for a deep one, beside one with a layer more."""
 
 
-def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The config with so many layers in its language model."""
+def _stacks(config: PreTrainedConfig, machine: Machine) -> dict[str, int]:
+    """Depths of the language model and of the tower, as far as fewer layers tell of them.
+
+    They do not where only some are checkpointed, or feed the language model beside the last.
+    """
+    if machine.checkpointed:
+        return {}
+    found = {"text": config.get_text_config().num_hidden_layers}
+    tower = getattr(config, "vision_config", None)
+    if tower is not None and not getattr(tower, "deepstack_visual_indexes", None):
+        found["tower"] = getattr(tower, _depth_key(tower))
+    return found
+
+
+def _depth_key(tower: PreTrainedConfig) -> str:
+    return "depth" if hasattr(tower, "depth") else "num_hidden_layers"
+
+
+def with_depths(config: PreTrainedConfig, depths: Mapping[str, int]) -> PreTrainedConfig:
+    """The config with so many layers in its stacks, "text" and "tower"."""
     config = deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    if "tower" in depths:
+        setattr(config.vision_config, _depth_key(config.vision_config), depths["tower"])
+    if "text" in depths:
+        text = config.get_text_config()
+        text.num_hidden_layers = depths["text"]
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: depths["text"]]
     return config
 
 
-def _walk(
-    config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None
+def walk(
+    config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None = None
 ) -> dict[str, Counter[str]]:
+    """Bytes by term at the peak of each phase of a step, the model being walked through as deep as `config` says."""
+    model = build(config, recipe, machine, family)
+    standing = Counter(dict(weights(model, family, machine)))
+    standing["optimizer"] = sum(optimizer_bytes(recipe.memory.optimizer, model, machine))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return rehearse(build(config, recipe, machine, family), machine, pack)
+        return {phase: standing + passing for phase, passing in rehearse(model, machine, pack).items()}
 
 
-def _most(peaks: dict[str, Counter[str]]) -> Counter[str]:
+def most(peaks: dict[str, Counter[str]]) -> Counter[str]:
     """The phase in which most is alive."""
     return +max(peaks.values(), key=lambda terms: terms.total())
 

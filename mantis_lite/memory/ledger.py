@@ -11,7 +11,8 @@ from weakref import ref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from .shapes import Shape, run
 
 BLOCK = 512
 """Bytes that torch's CUDA allocator rounds a tensor up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -44,14 +45,14 @@ class Ledger(TorchDispatchMode):
             self.term = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for found in tree_iter(out):
-            if isinstance(found, torch.Tensor):
+        out = run(func, args, kwargs or {})
+        for found in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(found, Shape):
                 self._enter(found)
         return out
 
-    def _enter(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _enter(self, tensor: Shape) -> None:
+        storage = tensor.on_meta.untyped_storage()
         if storage._cdata in self.alive:
             return
         size = -(-storage.nbytes() // self.block) * self.block
@@ -64,7 +65,8 @@ class Ledger(TorchDispatchMode):
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count these, and views of them, nowhere: weights are counted by themselves."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            assert isinstance(tensor, Shape)
+            storage = tensor.on_meta.untyped_storage()
             if storage._cdata in self.alive:
                 self._leave(storage._cdata)
             self.alive[storage._cdata] = (0, self.term, ref(storage, partial(self._leave, storage._cdata)))
@@ -75,7 +77,8 @@ class Ledger(TorchDispatchMode):
 
     def move(self, tensor: torch.Tensor, term: str) -> None:
         """Count what is alive already under another term."""
-        key = tensor.untyped_storage()._cdata
+        assert isinstance(tensor, Shape)
+        key = tensor.on_meta.untyped_storage()._cdata
         if key in self.alive:
             size, before, watch = self.alive[key]
             self.terms[before] -= size

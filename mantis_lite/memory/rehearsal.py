@@ -6,11 +6,9 @@ what a GPU does otherwise than a CPU is stood in for (`standins.py`).
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 from unittest.mock import patch
@@ -18,69 +16,19 @@ from unittest.mock import patch
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from ..models.activations import checkpoint_layers, tile_mlps
 from ..models.attention import use_attention
-from ..models.idefics2 import TOWER_PATCHES
 from . import standins
 from .ledger import BLOCK, Ledger
+from .seeing import see, trained
+from .shapes import Shapes
+from .step import Machine, Pack
 
 OFFLOADED = 1 << 20
 """Bytes from which a kept tensor goes to the host where activations are offloaded: smaller ones are in no account."""
-
-
-@dataclass(frozen=True)
-class Pack:
-    """The largest row of a run: tokens, of which `supervised` have loss, in samples of at most `longest`; and pictures.
-
-    `grids` are the (rows, columns) of the vision tower's positions for each picture, or each view of one. `waiting` is
-    how many times its pictures are on the card beside them: transformers' Trainer fetches all rows of an optimizer step
-    at once (`get_batch_samples`).
-    """
-
-    tokens: int
-    longest: int
-    supervised: int
-    grids: tuple[tuple[int, int], ...] = ()
-    waiting: float = 0.0
-
-    @property
-    def crowd(self) -> int:
-        """Positions of the most pictures of a shape that go through Idefics2's tower and connector at a time."""
-        crowds = (min(TOWER_PATCHES, r * c * count) for (r, c), count in Counter(self.grids).items())
-        return max(crowds, default=0)
-
-    @property
-    def patches(self) -> int:
-        """Positions of the vision tower in all."""
-        return sum(rows * columns for rows, columns in self.grids)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how a step runs, as far as memory goes.
-
-    `gpu` is whether its kernels are a GPU's; `dtype` the precision computed in. `checkpointed` is how many layers are
-    computed again (None: all), `mlp_tile` how many tokens an MLP sees at a time (None: all). `attention` is segment,
-    sdpa or eager; `fused` whether RMSNorm and SwiGLU are single kernels; `head` is fused (TRL's), full (all logits at
-    once, in float32), "full, 16 bits" or none. `offload` sends what layers keep to the host; `accumulates` is whether
-    gradients of a row before are there already. What trains is held in `trained`.
-    """
-
-    gpu: bool = True
-    dtype: torch.dtype = torch.bfloat16
-    checkpointed: int | None = None
-    mlp_tile: int | None = None
-    attention: str = "segment"
-    fused: bool = False
-    head: str = "fused"
-    offload: bool = False
-    accumulates: bool = True
-    trained: torch.dtype = torch.float32
 
 
 def rehearse(model: nn.Module, machine: Machine, pack: Pack) -> dict[str, Counter[str]]:
@@ -91,15 +39,16 @@ def rehearse(model: nn.Module, machine: Machine, pack: Pack) -> dict[str, Counte
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     _prepare(base, machine)
     ledger = Ledger(BLOCK if machine.gpu else 1)
-    with FakeTensorMode(allow_non_fake_inputs=True), _as_on(machine):
-        _fill(model, machine)
+    with _as_on(machine):
+        with Shapes():
+            _fill(model, machine)
         model.train()
         _watch_gradients(model, ledger)
         ledger.leave_out([*model.parameters(), *model.buffers()])
         with ledger:
             if machine.accumulates:
                 with ledger.under("gradients"):
-                    for parameter in _trained(model):
+                    for parameter in trained(model):
                         parameter.grad = torch.empty_like(parameter)
             with _computing(machine):
                 loss = _forward(base, machine, pack, ledger)
@@ -107,10 +56,6 @@ def rehearse(model: nn.Module, machine: Machine, pack: Pack) -> dict[str, Counte
             with ledger.under("in flight in the backward pass"):
                 loss.backward()
     return ledger.peaks
-
-
-def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _prepare(base: Any, machine: Machine) -> None:
@@ -169,7 +114,7 @@ def _watch_gradients(model: nn.Module, ledger: Ledger) -> None:
         assert parameter.grad is not None
         ledger.move(parameter.grad, "gradients")
 
-    for parameter in _trained(model):
+    for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(settle)
 
 
@@ -187,6 +132,7 @@ def _as_on(machine: Machine) -> Iterator[None]:
     """Let PEFT believe in the GPU's autocast, backward passes included, and DoRA see weights in full."""
     with ExitStack() as stack:
         stack.enter_context(patch("peft.tuners.lora.dora.dequantize_module_weight", standins.unpacked))
+        stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: True))  # or it looks for numbers
         if machine.gpu and machine.dtype != torch.float32:
             torch.set_autocast_enabled("cuda", True)
             stack.callback(torch.set_autocast_enabled, "cuda", False)
@@ -203,25 +149,12 @@ def _computing(machine: Machine) -> Iterator[None]:
         yield
 
 
-class _Bounds(list[int]):
-    """Boundaries of samples, or lengths of pictures: numbers where there are none in tensors."""
-
-    def tolist(self) -> list[int]:
-        return list(self)
-
-    def __getitem__(self, at: Any) -> Any:
-        return self
-
-    def __sub__(self, other: Any) -> _Bounds:
-        return self
-
-
 def _forward(base: Any, machine: Machine, pack: Pack, ledger: Ledger) -> Tensor:
     """Pictures, words, layers, loss."""
     features: Tensor | None = None
     deep: list[Tensor] = []
     if pack.grids:
-        features, deep = _see(base, machine, pack, ledger)
+        features, deep = see(base, machine, pack, ledger)
     ledger.phase = "language model"
     decoder: Any = _decoder(base)
     with ledger.under("language model: kept for the backward pass"), _offloading(machine):
@@ -308,129 +241,3 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].new_empty(ctx.shape), None
-
-
-def _see(base: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    """Pictures through the tower and the projector, as the family does it: features (N, H), and what goes deeper."""
-    see = SEEING[base.config.model_type]
-    with ledger.under("vision tower and projector"):
-        return see(base.model, machine, pack, ledger)
-
-
-def _grad(module: nn.Module) -> Any:
-    """A part that is frozen runs without recording."""
-    return torch.set_grad_enabled(any(True for _ in _trained(module)))
-
-
-def _pixels(ledger: Ledger, machine: Machine, pack: Pack, *shape: int) -> Tensor:
-    """Pixels in float32, as they come; on a card for the whole step, on a CPU in numpy's memory."""
-    with ledger.under("pixels"):
-        pixels = torch.empty(*shape)
-        if machine.gpu:
-            ledger.hold(pixels, torch.empty(int(pixels.numel() * pack.waiting)))
-        else:
-            ledger.leave_out([pixels])
-    return pixels
-
-
-def _llava(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    tower, config = model.vision_tower, model.config
-    side = config.vision_config.image_size
-    pixels = _pixels(ledger, machine, pack, len(pack.grids), 3, side, side)
-    with _grad(tower):
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
-    if config.vision_feature_select_strategy == "default":
-        hidden = hidden[:, 1:]
-    return model.multi_modal_projector(hidden), []
-
-
-def _encode(tower: Any, pixels: Tensor) -> Tensor:
-    """Idefics' towers from their pixels on, where positions go by numbers that are not there."""
-    embeddings = tower.embeddings
-    hidden = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-    hidden = hidden + embeddings.position_embedding(torch.empty(hidden.shape[:2], dtype=torch.long))
-    return tower.post_layernorm(tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
-
-
-def _idefics2(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    tower, patch_size = model.vision_model, model.config.vision_config.patch_size
-    groups = []
-    for (rows, columns), count in Counter(pack.grids).items():
-        most = max(1, TOWER_PATCHES // (rows * columns))
-        members = (min(most, count - at) for at in range(0, count, most))
-        groups += [_pixels(ledger, machine, pack, each, 3, rows * patch_size, columns * patch_size) for each in members]
-    found: list[Tensor] = []
-    alike: Counter[torch.Size] = Counter()
-    trains, hidden = any(True for _ in _trained(model.connector)), torch.empty(0)
-    for pixels in groups:
-        pixels = pixels.to(model.dtype)
-        alike[pixels.shape] += 1
-        if alike[pixels.shape] > 2 and machine.checkpointed != 0 and not any(True for _ in _trained(tower)):
-            # What is left of such a group is what was left of the one before, and it takes no more on its way.
-            found.append(torch.empty_like(found[-1]))
-            if trains:
-                ledger.hold(torch.empty_like(hidden))
-            continue
-        with _grad(tower):
-            hidden = _encode(tower, pixels)
-        mask = torch.empty(hidden.shape[:2], dtype=torch.bool)
-        if machine.checkpointed != 0:
-            found.append(checkpoint(model.connector, hidden, mask, use_reentrant=False))
-        else:
-            found.append(model.connector(hidden, attention_mask=mask))
-    return torch.cat(found)[torch.empty(len(pack.grids), dtype=torch.long)], []
-
-
-def _idefics3(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    vision = model.config.vision_config
-    tiles = max(1, pack.patches // (vision.image_size // vision.patch_size) ** 2)
-    pixels = _pixels(ledger, machine, pack, tiles, 3, vision.image_size, vision.image_size).to(machine.dtype)
-    with _grad(model.vision_model):
-        hidden = _encode(model.vision_model, pixels)
-    return model.connector(hidden), []
-
-
-def _fuyu(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    pixels = _pixels(ledger, machine, pack, 1, pack.patches, model.vision_embed_tokens.in_features)
-    return model.vision_embed_tokens(pixels.to(machine.dtype)), []
-
-
-def _qwen(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    tower = model.visual
-    config = tower.config
-    width = 3 * config.temporal_patch_size * config.patch_size**2
-    patches = pack.patches - pack.patches % config.spatial_merge_size**2
-    pixels = _pixels(ledger, machine, pack, patches, width).to(machine.dtype)
-    ends = _Bounds([patches])
-    deep = []
-    blocks_train = any(True for _ in _trained(tower.blocks))
-    with torch.set_grad_enabled(blocks_train):
-        hidden = tower.patch_embed(pixels).reshape(patches, -1)
-    dims = hidden.shape[-1] // config.num_heads
-    turned = (hidden.new_empty(patches, dims), hidden.new_empty(patches, dims))
-    marks = list(getattr(config, "deepstack_visual_indexes", ()))
-    for number, block in enumerate(tower.blocks):
-        with torch.set_grad_enabled(blocks_train):
-            hidden = block(hidden, cu_seqlens=ends, position_embeddings=turned)
-        if number in marks:
-            deep.append(tower.deepstack_merger_list[marks.index(number)](hidden))
-    return tower.merger(hidden), deep
-
-
-def grid(patches: int, size: tuple[int, int] = (1, 1)) -> tuple[int, int]:
-    """Rows and columns of so many patches in a picture of about this shape, (width, height)."""
-    rows = max(1, round(math.sqrt(patches * size[1] / size[0])))
-    return rows, max(1, round(patches / rows))
-
-
-SEEING: dict[str, Callable[[Any, Machine, Pack, Ledger], tuple[Tensor, list[Tensor]]]] = {
-    "llava": _llava,
-    "idefics2": _idefics2,
-    "idefics3": _idefics3,
-    "smolvlm": _idefics3,
-    "fuyu": _fuyu,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
-}
-"""How each kind of model sees: its `get_image_features`, without what goes by numbers in a tensor."""

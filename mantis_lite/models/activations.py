@@ -37,13 +37,16 @@ def checkpointed_layers(memory: MemoryRecipe, gpu: bool | None = None) -> int | 
 
 
 def checkpoint_layers(model: PreTrainedModel, count: int | None) -> None:
-    """Keep only the input of the language model's first `count` layers (None: all), and of all the tower's.
+    """Keep only the input of the language model's first `count` layers (None: all), of all the tower's and a projector.
 
     Chen et al. 2016, https://arxiv.org/abs/1604.06174. The last layers are those whose inputs are let go first.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in islice(decoder_layers(model), count, None) if count is not None else ():
         layer.gradient_checkpointing = False
+    for module in model.modules():
+        if hasattr(module, "computed_again"):  # models/tower.py
+            module.computed_again = True
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import Template
-from ..data.vision import Vision
+from ..data.vision import Size, Vision
 from ..recipe import MediaRecipe, Part
 
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,6 +30,18 @@ def sound(config: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A projector that can be run apart from its tower: the rows that it reads of a picture, and the run itself.
+
+    `run` takes the model within its class for a task, and what the tower gave of N pictures of a shape (N, P, W), or
+    of N tiles; it returns (N, T, H) for their T placeholders.
+    """
+
+    rows: Callable[[Vision, Size], int]
+    run: Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that is particular to a kind of model; CONTRIBUTING.md says how to add one.
 
@@ -38,7 +51,8 @@ class Family:
     `vision` says how pictures enter. `splits` is whether media.image_splitting means anything to it, `caps` the names
     that media.max_image_size may take, and `scales` whether `vision` keeps to that size itself, so that pictures come
     to it as they are. `mend` corrects a published config.json, in place, that today's transformers would misread, and
-    says what it did. `adapt` makes a loaded model read what `Vision.batch` gives.
+    says what it did. `adapt` makes a loaded model read what `Vision.batch` gives. `projection` is how a projector
+    trains on kept features of the tower, where it can.
     """
 
     model_types: tuple[str, ...]
@@ -52,3 +66,4 @@ class Family:
     scales: bool = False
     mend: Callable[[dict[str, Any]], str | None] = sound
     adapt: Callable[[PreTrainedModel], None] = as_it_is
+    projection: Projection | None = None

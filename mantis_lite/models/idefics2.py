@@ -21,10 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..data.template import IDEFICS_2, Token, Wrap
 from ..data.vision import Pixels, Size, Vision, bounded
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
-
-TOWER_PATCHES = 16_384
-"""What goes through the tower at a time: enough to fill a GPU, and a bound on memory whatever a pack holds."""
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
+from .tower import at_a_time
 
 FAKE, PLACEHOLDER = Token("<fake_token_around_image>"), Token("<image>")
 
@@ -40,10 +38,10 @@ def vision(
     patch, latents = config.vision_config.patch_size, config.perceiver_config.resampler_n_latents
     splitting = bool(media.image_splitting)
 
-    def patches(size: Size) -> int:
+    def views(size: Size) -> list[tuple[int, int]]:
         bounds = processor.size["longest_edge"], processor.size["shortest_edge"]
-        grids = [bounded(view, *bounds) for view in _views(size, splitting)]
-        return sum((width // patch) * (height // patch) for width, height in grids)
+        sizes = [bounded(view, *bounds) for view in _views(size, splitting)]
+        return [(height // patch, width // patch) for width, height in sizes]
 
     def pixels(picture: Picture) -> Pixels:
         found = processor([[picture]], do_image_splitting=splitting, do_pad=False)["pixel_values"]
@@ -57,7 +55,8 @@ def vision(
         placeholder=PLACEHOLDER,
         wrap=Wrap(close=FAKE),
         tokens=lambda size: runs,
-        patches=patches,
+        patches=lambda size: sum(rows * columns for rows, columns in views(size)),
+        views=views,
         pixels=pixels,
         batch=batch,
         facts=f"idefics2 {latents} {patch} {splitting} {processor.size}",
@@ -69,15 +68,15 @@ def by_shape(views: Sequence[np.ndarray], patch: int) -> list[tuple[torch.Tensor
 
     The stock layout pads every picture of a batch to the largest one. Pictures keep their shapes here, so most of that
     would be padding, and a mask over it keeps the tower's attention off the flash kernel. A group has at most
-    TOWER_PATCHES patches, or one picture. What is left over beyond whole patches is cut, as the tower's convolution
-    would.
+    the patches of `at_a_time`, or one picture. What is left over beyond whole patches is cut, as the tower's
+    convolution would.
     """
     places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for place, view in enumerate(views):
         places[tuple(side // patch for side in view.shape[-2:])].append(place)
     groups = []
     for (rows, columns), members in places.items():
-        most = max(1, TOWER_PATCHES // (rows * columns))
+        most = at_a_time(rows * columns)
         for group in (members[at : at + most] for at in range(0, len(members), most)):
             pixels = np.stack([views[at][:, : rows * patch, : columns * patch] for at in group])
             groups.append((torch.tensor(group), torch.from_numpy(pixels)))
@@ -99,13 +98,23 @@ def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any)
         rows, columns = (side // self.vision_model.config.patch_size for side in pictures.shape[-2:])
         whole = torch.ones(len(pictures), rows, columns, dtype=torch.bool, device=pictures.device)
         hidden = self.vision_model(pixel_values=pictures, patch_attention_mask=whole).last_hidden_state
-        if self.training and self.text_model.gradient_checkpointing:
-            # Or its wide layers would keep 4 x 14,336 numbers a patch for the backward pass.
-            found.append(checkpoint(self.connector, hidden, whole.flatten(1), use_reentrant=False))
-        else:
-            found.append(self.connector(hidden, attention_mask=whole.flatten(1)))
+        found.append(_connected(self, hidden))
         places.append(members)
     return BaseModelOutputWithPooling(pooler_output=torch.cat(found)[torch.cat(places).argsort()])
+
+
+def _connected(model: Idefics2Model, hidden: torch.Tensor) -> torch.Tensor:
+    """What the connector makes of the tower's output for pictures of a shape: (N, P, W) -> (N, latents, H)."""
+    whole = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if model.training and model.text_model.gradient_checkpointing:
+        # Or its wide layers would keep 4 x 14,336 numbers a patch for the backward pass.
+        return checkpoint(model.connector, hidden, whole, use_reentrant=False)
+    return model.connector(hidden, attention_mask=whole)
+
+
+def _connected_apart(model: Idefics2Model, hidden: torch.Tensor) -> torch.Tensor:
+    """As many pictures at a time as would have gone through the tower together."""
+    return torch.cat([_connected(model, pictures) for pictures in hidden.split(at_a_time(hidden.shape[1]))])
 
 
 def _views(size: Size, splitting: bool) -> list[Size]:
@@ -133,4 +142,5 @@ IDEFICS2 = Family(
     vision=vision,
     splits=True,
     adapt=_read_by_shape,
+    projection=Projection(rows=lambda vision, size: vision.patches(size), run=_connected_apart),
 )

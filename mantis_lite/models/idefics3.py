@@ -19,7 +19,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import IDEFICS_3, SMOLVLM, Token
 from ..data.vision import Pixels, Runs, Size, Vision, bounded, lay_end_to_end
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
+from .tower import see_a_few_at_a_time
 
 FAKE, PLACEHOLDER, WHOLE = Token("<fake_token_around_image>"), Token("<image>"), Token("<global-img>")
 LIMIT = 4096  # px: the processors' own bound, whatever their settings
@@ -94,8 +95,9 @@ def _tiles(size: Size, longest: int, tile: int) -> Size:
     return (width // tile, height // tile) if width > tile or height > tile else (0, 0)
 
 
-def _merge_in_one_precision(model: PreTrainedModel) -> None:
-    """transformers before 5.23 refuses to put SmolVLM's 16-bit features between words of 32 bits."""
+def _adapt(model: PreTrainedModel) -> None:
+    """A few tiles at a time; and before transformers 5.23, SmolVLM's features could not be of less bits than words."""
+    see_a_few_at_a_time(model, 1, "connector")
     if hasattr(model.model, "inputs_merger"):
         model.model.inputs_merger = MethodType(_merged, model.model)
 
@@ -122,5 +124,8 @@ IDEFICS3 = Family(
     vision=vision,
     splits=True,
     scales=True,
-    adapt=_merge_in_one_precision,
+    adapt=_adapt,
+    projection=Projection(
+        rows=lambda vision, size: vision.patches(size), run=lambda model, hidden: model.connector(hidden)
+    ),
 )

@@ -14,7 +14,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import LLAMA_3, MLLAVA_V1, Token, Wrap
 from ..data.vision import Pixels, Vision
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
+from .tower import see_a_few_at_a_time
 
 
 def vision(
@@ -65,4 +66,9 @@ LLAVA = Family(
     },
     vision=vision,
     tower_layers=_read_layers,
+    adapt=lambda model: see_a_few_at_a_time(model, 0, "multi_modal_projector"),
+    projection=Projection(
+        rows=lambda vision, size: vision.placeholders(size),
+        run=lambda model, hidden: model.multi_modal_projector(hidden),
+    ),
 )

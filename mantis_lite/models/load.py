@@ -23,7 +23,7 @@ from .attention import use_attention
 from .checkpoint import Checkpoint, unreadable
 from .family import Family
 from .head import classifier_of, labels_of
-from .kernels import fuse
+from .kernels import chosen_kernels, fuse
 
 
 def working_dtype() -> torch.dtype:
@@ -31,6 +31,11 @@ def working_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """What weights are held in that are not in 4 bits: full fine-tuning's in float32, others' as they compute."""
+    return torch.float32 if recipe.method == "full" else working_dtype()
 
 
 def loader_workers() -> int:
@@ -50,7 +55,7 @@ def load_model(
     the head, a fresh one where the checkpoint has none. Raises RecipeError where the weights do not fit the
     architecture exactly.
     """
-    dtype = dtype or (torch.float32 if recipe.method == "full" else working_dtype())
+    dtype = dtype or weights_dtype(recipe)
     model, info = _from_pretrained(checkpoint, recipe, dtype, deepcopy(config or checkpoint.config))
     if recipe.task == "classify" and not checkpoint.has_head:
         info["missing_keys"] = set(info["missing_keys"]) - {f"{HEAD}.weight", f"{HEAD}.bias"}
@@ -64,8 +69,7 @@ def load_model(
     if recipe.quantized:
         _check_quantized(model, checkpoint.family, recipe)
     checkpoint.family.adapt(model)
-    if recipe.memory.kernels == "liger":
-        fuse(model)
+    fuse(model, [kernel for kernel, why_not in chosen_kernels(recipe).items() if why_not is None])
     keep_less(model, recipe.memory)
     use_attention(model, recipe.memory.attention)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ from ..data.dataset import Schedule, schedule
 from ..data.encode import IGNORE, Encoded, Encoder
 from ..data.packing import fill
 from ..data.prepare import Prepared, prepare
-from ..data.sample import Sample
-from ..models.checkpoint import open_checkpoint
+from ..data.sample import Frame, Image, Sample
+from ..errors import RecipeError, SampleError
+from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.load import stated_head
+from ..models.vision_cache import VisionCache, shown, trained_parts
 from ..recipe import Recipe
 
 
@@ -24,6 +27,14 @@ class Spread(NamedTuple):
     least: int
     median: int
     most: int
+
+
+class Kept(NamedTuple):
+    """What memory.vision_cache would hold: different pictures, their features' bytes, and uses of a picture."""
+
+    pictures: int
+    size: int
+    uses: float
 
 
 class Stretch(NamedTuple):
@@ -51,6 +62,8 @@ class Check:
     trained_tokens: int
     target: str | None
     """What the sample's scores are to be, where they are what trains."""
+    kept: Kept | None
+    """Where a vision cache would pay: the tower is frozen, and pictures come back in later epochs."""
 
 
 def check(recipe: Recipe) -> Check:
@@ -78,6 +91,7 @@ def check(recipe: Recipe) -> Check:
         rendered=render_tokens(encoder, encoded),
         trained_tokens=int((encoded.labels != IGNORE).sum()),
         target=_target(prepared),
+        kept=_kept(recipe, checkpoint, encoder, prepared, packs),
     )
 
 
@@ -95,6 +109,30 @@ def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
             text = encoder.tokenizer.decode(encoded.input_ids[start:end].tolist(), skip_special_tokens=False)
         stretches.append(Stretch(text, bool(kinds[start] == 1)))
     return stretches
+
+
+def _kept(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared, packs: Schedule) -> Kept | None:
+    """Pictures are told apart by their files' names here: reading all of them is left to the run."""
+    if len(packs.epoch_sizes) < 2 or not prepared.train.images.any():
+        return None
+    try:
+        cache = VisionCache(checkpoint, recipe, encoder, trained_parts(recipe))
+    except RecipeError:
+        return None  # nothing can be kept of such a model
+    broken: list[SampleError] = []
+    drawn = sorted({index for pack in packs.packs for index in pack})
+    pictures = shown([(prepared.train, drawn)], encoder, _name, broken.append)
+    uses = sum(int(prepared.train.images[pack].sum()) for pack in packs.packs)
+    return Kept(
+        pictures=len(pictures),
+        size=sum(cache.bytes_of(place.size) for place in pictures.values()),
+        uses=uses / max(1, len(pictures)),
+    )
+
+
+def _name(image: Image) -> tuple[str, float | None]:
+    source = sha256(image.source).hexdigest() if isinstance(image.source, bytes) else str(image.source)
+    return source, image.at if isinstance(image, Frame) else None
 
 
 def _target(prepared: Prepared) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -49,6 +51,24 @@ class MetricsFile(TrainerCallback):
                 logs["num_tokens"] = int(self.tokens[done])
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, "time": time.time(), **logs}) + "\n")
+
+
+class Aside(TrainerCallback):
+    """Keeps parameters that the steps do not read in the host's memory meanwhile.
+
+    Once the trainer has begun: it moves a whole model to the GPU before.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in self.parameters:
+            parameter.data = parameter.data.cpu()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(args.device)
 
 
 class ProgressBar(TrainerCallback):

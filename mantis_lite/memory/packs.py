@@ -1,0 +1,205 @@
+"""The packs of a run that may be its largest: of its data, or assumed where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from ..data import media
+from ..data.dataset import Schedule, pack_epoch, schedule
+from ..data.encode import Encoder
+from ..data.lengths import Measured
+from ..data.prepare import Samples, too_large
+from ..data.vision import Size, Vision, bounded
+from ..errors import SampleError
+from ..models.checkpoint import Checkpoint
+from ..recipe import Recipe
+from .step import Pack, grid
+
+NEAR = 8
+"""Packs of most patches whose pictures are looked at."""
+
+NAMED = 3
+"""Samples of a pack that are named."""
+
+ASSUMED: Size = (640, 480)
+"""The pictures of a pack that nothing is known of, in pixels."""
+
+SAMPLES, PICTURES = 4, 2.6
+"""Samples of a pack that nothing is known of, and pictures of a sample: Mantis-Instruct's mean."""
+
+SHORT = 1024
+"""Tokens that a pack is not made shorter than where nothing is known of its samples."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Rows that were read under a recipe, and their packs under it or another.
+
+    `longest` is what a pack must hold, in tokens, for every sample to have a place; `held_out` are evaluated.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    encoder: Encoder
+    samples: Samples
+    plan: Schedule
+    held_out: Samples | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(int(samples.lengths[:, 0].max()) for samples in (self.samples, self.held_out) if samples is not None)
+
+    @property
+    def why_no_shorter(self) -> str:
+        """Why packs are not made shorter than `longest`."""
+        return f"A pack must hold the longest sample, of {self.longest:,} tokens"
+
+    @property
+    def side(self) -> int:
+        """The longest side of a picture of the packs of most patches, in pixels; 0 where there is none."""
+        packs = [self.plan.packs[at] for at in _candidates(self.plan, self.samples)]
+        return max((max(size) for pack in packs for size in sizes(pack, self.samples, self.encoder)), default=0)
+
+    def packs(self, recipe: Recipe) -> tuple[list[Pack], bool]:
+        """The packs that may be the largest under a recipe, and whether a step has several.
+
+        Raises SampleError where a picture of theirs cannot be had under it.
+        """
+        samples, plan, encoder = self.samples, self._plan(recipe), self.encoder
+        if recipe.media != self.recipe.media:
+            encoder = self.checkpoint.encoder(recipe)
+            samples = self._measured_again(encoder, recipe)
+            plan = replace(plan, packs=pack_epoch(samples, recipe.packing))
+        return list(largest_packs(plan, samples, encoder).values()), plan.accumulation > 1
+
+    def _plan(self, recipe: Recipe) -> Schedule:
+        """The packs under a recipe, as long as lengths are the same."""
+        same = recipe.packing == self.recipe.packing
+        return self.plan if same else schedule(self.samples, recipe.packing, recipe.train)
+
+    def words(self, recipe: Recipe) -> str:
+        """What the largest pack is the largest of."""
+        return f"the largest of the data's {len(self._plan(recipe).packs):,} packs"
+
+    def where(self, pack: Pack) -> str:
+        """Where the samples of a pack stand, the first few."""
+        named = [self.samples[index].where for index in pack.members[:NAMED]]
+        more = len(pack.members) - len(named)
+        return ", ".join(named) + (f" and {more:,} more" if more else "")
+
+    def _measured_again(self, encoder: Encoder, recipe: Recipe) -> Samples:
+        """The samples of the packs that may be the largest, under other media settings: the others come to less."""
+        members = {index for at in _candidates(self.plan, self.samples) for index in self.plan.packs[at]}
+        samples = replace(self.samples.take(np.array(sorted(members))), weights=[1.0] * len(self.samples.weights))
+        found: list[Measured] = []
+        for sample, length in zip(samples, encoder.measure(list(samples)), strict=True):
+            error = length if isinstance(length, SampleError) else too_large(sample, length, recipe.packing)
+            if error is not None:
+                raise error
+            assert isinstance(length, Measured)
+            found.append(length)
+        lengths = np.array([(length.tokens, length.patches) for length in found], dtype=np.int64)
+        return replace(samples, lengths=lengths)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Packs as full as they may be, of pictures of one size, where there is no data."""
+
+    vision: Callable[[Recipe], Vision]
+
+    longest = SHORT
+    why_no_shorter = f"Without data, packs are taken to need {SHORT:,} tokens"
+    side = max(ASSUMED)
+
+    def packs(self, recipe: Recipe) -> tuple[list[Pack], bool]:
+        """The assumed pack under a recipe, and whether a step has several."""
+        pack, _ = assumed(recipe, self.vision(recipe))
+        return [pack], pack.waiting > 0
+
+    def words(self, recipe: Recipe) -> str:
+        """What is assumed."""
+        return assumed(recipe, self.vision(recipe))[1]
+
+    def where(self, pack: Pack) -> str:
+        """Where the samples of a pack stand: nowhere."""
+        return "assumed"
+
+
+Rows = Planned | Assumed
+"""What is known of the rows that a recipe trains on."""
+
+
+def largest_packs(plan: Schedule, samples: Samples, encoder: Encoder) -> dict[int, Pack]:
+    """The packs that may be the largest, by their place in the plan: of most tokens, patches, pictures of one shape.
+
+    Shapes are looked up in the NEAR packs of most patches: each is a header to be read.
+    """
+    totals = _totals(plan, samples)
+    usual, beside = float(totals[:, 1].mean()), min(plan.accumulation, len(plan.packs)) - 1
+    found = {}
+    for at in _candidates(plan, samples):
+        pack = pack_of(plan.packs[at], samples, encoder)
+        found[at] = replace(pack, waiting=beside * usual / max(1, totals[at, 1]))
+    ranks = (lambda p: p.tokens, lambda p: p.patches, lambda p: p.crowd)
+    places = dict.fromkeys(max(found, key=lambda at: rank(found[at])) for rank in ranks)
+    return {at: found[at] for at in places}
+
+
+def pack_of(pack: Sequence[int], samples: Samples, encoder: Encoder) -> Pack:
+    """Samples laid end to end: their tokens, those with loss, and their pictures' patches by their headers."""
+    tokens = samples.lengths[list(pack), 0]
+    scored = sum(encoder.supervised(samples[index]) for index in pack)
+    grids = [each for size in sizes(pack, samples, encoder) for each in grids_of(encoder.vision, size)]
+    return Pack(int(tokens.sum()), int(tokens.max()), max(1, scored), tuple(grids), members=tuple(pack))
+
+
+def sizes(pack: Sequence[int], samples: Samples, encoder: Encoder) -> list[Size]:
+    """The (width, height) of a pack's pictures, from their headers."""
+    laid_out = (encoder.frames.lay_out(samples[index]) for index in pack)
+    return [media.size(image, sample, encoder.max_image_size) for sample in laid_out for image in sample.images]
+
+
+def grids_of(vision: Vision, size: Size) -> Sequence[tuple[int, int]]:
+    """Rows and columns of the tower's positions in each view of a picture; about so many where shapes do not matter."""
+    return vision.views(size) if vision.views else [grid(vision.patches(size), size)]
+
+
+def assumed(recipe: Recipe, vision: Vision) -> tuple[Pack, str]:
+    """A full pack of as many pictures as there is room for; and what was assumed, in words."""
+    tokens, cap = recipe.packing.max_length, recipe.media.max_image_size
+    size = bounded(ASSUMED, cap, 1) if isinstance(cap, int) else ASSUMED
+    each = sum(count for _, count in vision.tokens(size))
+    count = tokens // each
+    if recipe.packing.max_patches:
+        count = min(count, recipe.packing.max_patches // vision.patches(size))
+    step = _packs_a_step(recipe)
+    words = f"{tokens:,} tokens with {count:,} pictures of {size[0]} x {size[1]} px in it, {step} packs a step"
+    waiting = (step - 1) * min(1.0, SAMPLES * PICTURES / max(1, count))
+    views = tuple(grids_of(vision, size)) * count
+    return Pack(tokens, tokens, max(1, tokens - count * each), views, waiting), f"assumed: a full pack of {words}"
+
+
+def _packs_a_step(recipe: Recipe) -> int:
+    train = recipe.train
+    if "samples_per_step" in train:
+        return max(1, train["samples_per_step"] // SAMPLES)
+    if "tokens_per_step" in train:
+        return max(1, train["tokens_per_step"] // recipe.packing.max_length)
+    return train.get("gradient_accumulation_steps", 1)
+
+
+def _totals(plan: Schedule, samples: Samples) -> np.ndarray:
+    """Tokens and patches of each pack, (P, 2)."""
+    starts = np.cumsum([0, *map(len, plan.packs[:-1])])
+    return np.add.reduceat(samples.lengths[np.fromiter(chain.from_iterable(plan.packs), np.int64)], starts)
+
+
+def _candidates(plan: Schedule, samples: Samples) -> list[int]:
+    """The places of the pack of most tokens and of the NEAR of most patches."""
+    totals = _totals(plan, samples)
+    return sorted({int(totals[:, 0].argmax()), *totals[:, 1].argsort()[-NEAR:].tolist()})

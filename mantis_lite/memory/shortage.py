@@ -1,0 +1,43 @@
+"""What to say where a card had no room: the pack, what took most, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import OutOfMemory, one_line
+from ..recipe import Recipe
+from .estimate import GIB
+from .overrides import Override, Work, best, taken
+
+
+def shortage(when: str, work: Work, recipe: Recipe, error: Exception) -> OutOfMemory:
+    """The error of a run that ran out of memory `when`; nothing is asked of the card for it."""
+    known = taken(work, recipe)
+    pack, estimate = known[0].pack, known[0].estimate
+    term, size = max({**estimate.terms, **estimate.overhead}.items(), key=lambda item: item[1])
+    helping = best(work, recipe, known)
+    lines = [
+        f"out of memory {when}: {one_line(error)}",
+        f"The largest pack, of {pack.tokens:,} tokens and {pack.patches:,} patches ({work.rows.where(pack)}), is "
+        f"estimated at {estimate.total / GIB:.2f} GiB; most of it, {size / GIB:.2f} GiB, is: {term}.",
+        "Add to the command:" if helping else "No override would save more: take a larger card.",
+        *(f"  {saving(other, estimate.total)}" for other in helping),
+    ]
+    return OutOfMemory("\n  ".join(lines))
+
+
+@contextmanager
+def telling(when: str, work: Work, recipe: Recipe) -> Iterator[None]:
+    """Turn torch's error of a card without room into one that says what would help. Raises OutOfMemory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise shortage(when, work, recipe, error) from None
+
+
+def saving(other: Override, before: int) -> str:
+    """An override with what it saves, in a line."""
+    return f"{other.words:<56} saves {(before - other.total) / GIB:5.2f} GiB, leaves {other.total / GIB:.2f}"

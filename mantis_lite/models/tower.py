@@ -1,0 +1,50 @@
+"""Pictures through a vision tower and its projector a few at a time, whatever a pack holds."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+TOWER_PATCHES = 16_384
+"""What goes through a tower at a time: enough to fill a GPU, and a bound on memory."""
+
+
+def at_a_time(patches: int) -> int:
+    """How many pictures of so many patches go through the tower together."""
+    return max(1, TOWER_PATCHES // patches)
+
+
+def see_a_few_at_a_time(model: PreTrainedModel, dimension: int, projector: str) -> None:
+    """Let a loaded model take its pictures so, where they lie along this dimension of its pixel_values (.., H, W).
+
+    Where layers are computed again, so is the named projector: what it keeps is wider than what it makes.
+    """
+    seeing: Any = model.model
+    vision = seeing.config.vision_config
+    most = at_a_time((vision.image_size // vision.patch_size) ** 2)
+    seeing.get_image_features = MethodType(partial(_features, dimension=dimension, most=most), seeing)
+    module = getattr(seeing, projector)
+    module.forward, module.computed_again = MethodType(_projected, module), False  # models/activations.py sets it
+
+
+def _projected(self: Any, hidden: Tensor) -> Tensor:
+    stock = MethodType(type(self).forward, self)
+    return checkpoint(stock, hidden, use_reentrant=False) if self.training and self.computed_again else stock(hidden)
+
+
+def _features(self: Any, pixel_values: Tensor, *args: Any, dimension: int, most: int, **kwargs: Any) -> Any:
+    stock = type(self).get_image_features
+    parts = [stock(self, part, *args, **kwargs) for part in pixel_values.split(most, dim=dimension)]
+    if len(parts) == 1:
+        return parts[0]
+    found = [part.pooler_output for part in parts]
+    lists = isinstance(found[0], list)  # transformers before 5.23 gives one tensor for some models
+    return BaseModelOutputWithPooling(pooler_output=list(chain.from_iterable(found)) if lists else torch.cat(found))

@@ -1,0 +1,69 @@
+"""What memory.fit=auto picks for a run: once, kept beside it, and kept to where the run goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import RecipeError
+from ..memory.card import card_at_hand, card_of
+from ..memory.choose import choose
+from ..memory.overrides import Work, changed
+from ..recipe import Recipe
+
+FILE = "fit.json"
+"""What a run was asked for, the overrides that were picked, and why; in its folder."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe with nothing left to pick, the overrides that were picked for it, and what to say of them."""
+
+    recipe: Recipe
+    picked: list[str]
+    notices: list[str]
+
+    def write(self, asked: Recipe) -> None:
+        """Keep it beside the run, with the recipe that it was picked for."""
+        kept = {"asked": asked.model_dump(mode="json"), "picked": self.picked, "notices": self.notices}
+        (asked.run_dir / FILE).write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def settle(work: Work, recipe: Recipe, gpu: float | None = None) -> Settled | None:
+    """Pick for the card at hand, or one of `gpu` GiB; None where the recipe leaves nothing to be picked.
+
+    Raises RecipeError where nothing fits.
+    """
+    if recipe.memory.fit == "off":
+        return None
+    card = card_of(gpu) if gpu else card_at_hand()
+    if card is None:
+        notice = "memory.fit: there is no GPU here, so nothing was picked; --gpu 12 picks as for a card of 12 GiB"
+        return Settled(changed(recipe, "memory.fit=off"), [], [notice])
+    choice = choose(work, recipe, card)
+    return Settled(choice.recipe, [each.words for each in choice.picked], list(choice.notices))
+
+
+def as_started(recipe: Recipe) -> Recipe:
+    """The recipe of a stopped run that goes on, with what was picked when it was started; any other as it is."""
+    file = recipe.run_dir / FILE
+    if recipe.memory.fit == "off" or not (file.is_file() and get_last_checkpoint(str(recipe.run_dir))):
+        return recipe
+    kept = json.loads(file.read_text())
+    same = kept["asked"] == recipe.model_dump(mode="json")
+    return changed(recipe, " ".join(["memory.fit=off", *(kept["picked"] if same else ())]))
+
+
+def notices_of(settled: Settled | None, asked: Recipe, recipe: Recipe) -> list[str]:
+    """What to say of a run whose recipe came to be another than it was asked for."""
+    if settled is not None:
+        return settled.notices
+    return [] if asked == recipe else ["memory.fit: this run goes on as it was picked when it was started"]
+
+
+def refuse_unused(recipe: Recipe, gpu: float | None) -> None:
+    """Raise RecipeError where a card is named and nothing is picked for it."""
+    if gpu is not None and recipe.memory.fit == "off":
+        raise RecipeError("--gpu: has no effect with memory.fit=off\n  Add memory.fit=auto, or leave --gpu out.")
