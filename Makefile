@@ -29,12 +29,11 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.preparation
 	$(BIN)/python -m benchmarks.clips
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.loss
 
 # On a machine with an NVIDIA GPU, in an environment that holds the package.
 bench-gpu:
-	$(PYTHON) -m benchmarks.gpu_step llava
-	$(PYTHON) -m benchmarks.gpu_step idefics2
-	$(PYTHON) -m benchmarks.gpu_vision
+	$(PYTHON) -m benchmarks.gpu
 
 tiny: .venv/installed
 	$(BIN)/python -m mantis_lite.tiny.build mantis_lite/tiny/checkpoint

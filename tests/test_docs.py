@@ -1,8 +1,10 @@
 """What the README and the examples say holds: commands parse, keys exist, recipes load."""
 
 import ast
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ from typer.testing import CliRunner
 from mantis_lite.cli import app
 from mantis_lite.recipe import load_recipe, recipes_dir
 from mantis_lite.scoring import recipe_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import gpu_table, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -60,3 +66,8 @@ def test_every_recipe_loads_and_says_what_it_is(path):
 def test_every_example_says_what_it_is(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
+
+
+def test_the_table_of_the_readme_is_what_was_measured():
+    figures = json.loads((results.FOLDER / "gpu.json").read_text())["figures"]
+    assert "\n".join(gpu_table.lines(figures)) in README

@@ -181,7 +181,7 @@ def test_settings_take_less_in_the_order_one_expects():
     kept, again = total(checkpointed=0), total()
     assert kept > total(checkpointed=1) > again
     assert again > total(offload=True)
-    assert again > total(mlp_tile=256, fused=True)
+    assert again > total(mlp_tile=256, kernels=frozenset({"rms_norm", "swiglu"}))
     assert total(attention="eager") > total(attention="sdpa") > again
 
 
@@ -201,8 +201,13 @@ def test_without_data_a_full_pack_is_assumed_and_said_so(folder_of):
 def test_a_recipe_is_a_machine():
     kernels = ["rms_norm", "swiglu"]
     machine = machine_of(recipe(memory={"checkpointing": 3, "mlp_tile": 64, "kernels": kernels}, task="chat"), True)
-    assert (machine.checkpointed, machine.mlp_tile, machine.fused, machine.head) == (3, 64, True, "fused")
-    assert machine_of(recipe(memory={"checkpointing": "off"}), True).checkpointed == 0
+    assert (machine.checkpointed, machine.mlp_tile, machine.kernels, machine.head) == (3, 64, set(kernels), "fused")
+    plain = machine_of(recipe(memory={"checkpointing": "off"}), True)
+    assert plain.checkpointed == 0 and not plain.kernels and not plain.cached
+    assert machine_of(recipe(memory={"kernels": "auto"}), True, gpu=False).kernels == {"lora"}
+    assert machine_of(recipe(memory={"vision_cache": "disk"}), True).cached == {"vision_tower", "projector"}
+    trains = recipe(memory={"vision_cache": "disk"}, trainable={"projector": "full"})
+    assert machine_of(trains, True).cached == {"vision_tower"}
 
 
 def test_the_command_ends_in_4_where_it_does_not_fit(llava_folder):

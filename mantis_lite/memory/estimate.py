@@ -190,6 +190,8 @@ def weights(model: nn.Module, family: Family | None, machine: Machine) -> Iterat
     owners = {id(module.weight): module for module in model.modules() if isinstance(module, Packed)}
     block = BLOCK if machine.gpu else 1
     for name, parameter in model.named_parameters():
+        if family and part_of(name, family) in machine.cached and not parameter.requires_grad:
+            continue  # on the host
         part = (part_of(name, family) if family else "language_model").replace("_", " ")
         if ".lora_" in name or ".modules_to_save." in name or "trainable_tokens" in name:
             sizes["weights: adapters"] += _round(parameter.numel() * machine.trained.itemsize, block)

@@ -16,7 +16,7 @@ from .estimate import Estimate, estimate
 from .packs import Rows
 from .step import Machine, Pack, machine_of
 
-TILE = 1024
+TILE = 2048
 """Tokens that an MLP sees at a time where that is to save memory."""
 
 LOWER = {"1080p": "720p", "720p": "480p"}

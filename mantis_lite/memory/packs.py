@@ -154,8 +154,10 @@ def pack_of(pack: Sequence[int], samples: Samples, encoder: Encoder) -> Pack:
     """Samples laid end to end: their tokens, those with loss, and their pictures' patches by their headers."""
     tokens = samples.lengths[list(pack), 0]
     scored = sum(encoder.supervised(samples[index]) for index in pack)
-    grids = [each for size in sizes(pack, samples, encoder) for each in grids_of(encoder.vision, size)]
-    return Pack(int(tokens.sum()), int(tokens.max()), max(1, scored), tuple(grids), members=tuple(pack))
+    pictures = sizes(pack, samples, encoder)
+    grids = [each for size in pictures for each in grids_of(encoder.vision, size)]
+    shown = sum(encoder.vision.placeholders(size) for size in pictures)
+    return Pack(int(tokens.sum()), int(tokens.max()), max(1, scored), tuple(grids), shown=shown, members=tuple(pack))
 
 
 def sizes(pack: Sequence[int], samples: Samples, encoder: Encoder) -> list[Size]:
@@ -181,7 +183,8 @@ def assumed(recipe: Recipe, vision: Vision) -> tuple[Pack, str]:
     words = f"{tokens:,} tokens with {count:,} pictures of {size[0]} x {size[1]} px in it, {step} packs a step"
     waiting = (step - 1) * min(1.0, SAMPLES * PICTURES / max(1, count))
     views = tuple(grids_of(vision, size)) * count
-    return Pack(tokens, tokens, max(1, tokens - count * each), views, waiting), f"assumed: a full pack of {words}"
+    pack = Pack(tokens, tokens, max(1, tokens - count * each), views, waiting, count * vision.placeholders(size))
+    return pack, f"assumed: a full pack of {words}"
 
 
 def _packs_a_step(recipe: Recipe) -> int:

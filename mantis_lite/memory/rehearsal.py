@@ -7,7 +7,7 @@ what a GPU does otherwise than a CPU is stood in for (`standins.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from ..models.activations import checkpoint_layers, tile_mlps
+from ..models.activations import checkpoint_layers, tile_loss, tile_mlps
 from ..models.attention import use_attention
+from ..models.fused_lora import fuse_lora, hindrance
+from ..models.kernels import kernel_of, turn_by
+from ..recipe import Kernel
 from . import standins
 from .ledger import BLOCK, Ledger
 from .seeing import see, trained
@@ -59,7 +62,8 @@ def rehearse(model: nn.Module, machine: Machine, pack: Pack) -> dict[str, Counte
 
 
 def _prepare(base: Any, machine: Machine) -> None:
-    """Attention, kernels and checkpointing as the step has them."""
+    """Attention, kernels, checkpointing and the tiles of the loss as the step has them."""
+    tile_loss()
     AttentionInterface.register(standins.ATTENTION, standins.attend)
     AttentionMaskInterface.register(standins.ATTENTION, standins.no_mask)
     if machine.gpu:
@@ -69,8 +73,7 @@ def _prepare(base: Any, machine: Machine) -> None:
         decoder.set_attn_implementation("eager")
     elif not machine.gpu:
         use_attention(base, machine.attention)
-    if machine.fused:
-        _fuse(decoder)
+    _fuse(base, machine.kernels)
     if machine.gpu:
         for module in base.modules():
             if type(module) is nn.Dropout:
@@ -85,12 +88,17 @@ def _decoder(base: Any) -> PreTrainedModel:
     return base.get_decoder()
 
 
-def _fuse(decoder: nn.Module) -> None:
-    for module in decoder.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(standins.norm, module)
-        elif {"gate_proj", "up_proj", "down_proj"} <= dict(module.named_children()).keys():
-            module.forward = MethodType(standins.swiglu, module)
+def _fuse(base: nn.Module, kernels: Collection[Kernel]) -> None:
+    """What stands in for the kernels; LoRA's product is computed as it is."""
+    for module in list(base.modules()):
+        kernel = kernel_of(module)
+        if kernel is not None and kernel in kernels and hindrance(module) is None:
+            if kernel == "lora":
+                fuse_lora(module)
+            elif kernel == "rope":
+                turn_by(standins.rotate, module)
+            else:
+                module.forward = MethodType(standins.LAYERS[kernel], module)
 
 
 def _fill(model: nn.Module, machine: Machine) -> None:
@@ -132,6 +140,7 @@ def _as_on(machine: Machine) -> Iterator[None]:
     """Let PEFT believe in the GPU's autocast, backward passes included, and DoRA see weights in full."""
     with ExitStack() as stack:
         stack.enter_context(patch("peft.tuners.lora.dora.dequantize_module_weight", standins.unpacked))
+        stack.enter_context(patch("mantis_lite.models.fused_lora.unpacked", standins.unpacked))
         stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: True))  # or it looks for numbers
         if machine.gpu and machine.dtype != torch.float32:
             torch.set_autocast_enabled("cuda", True)

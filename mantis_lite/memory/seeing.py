@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.tower import at_a_time
+from ..models.tower import at_a_time, projected_at_a_time
 from .ledger import Ledger
 from .step import Machine, Pack
 
@@ -35,6 +35,10 @@ class _Bounds(list[int]):
 
 def see(base: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
     """Pictures through the tower and the projector, as the family does it: features (N, H), and what goes deeper."""
+    if "projector" in machine.cached:
+        width = base.config.get_text_config().hidden_size
+        deep = [_kept(ledger, machine, pack, pack.shown, width) for _ in _deeper(base.config)]
+        return _kept(ledger, machine, pack, pack.shown, width), deep
     with ledger.under("vision tower and projector"):
         return SEEING[base.config.model_type](base.model, machine, pack, ledger)
 
@@ -46,24 +50,48 @@ def _grad(module: nn.Module) -> Any:
 
 def _pixels(ledger: Ledger, machine: Machine, pack: Pack, *shape: int) -> Tensor:
     """Pixels in float32, as they come; on a card for the whole step, on a CPU in numpy's memory."""
-    with ledger.under("pixels"):
-        pixels = torch.empty(*shape)
+    return _come("pixels", torch.float32, ledger, machine, pack, *shape)
+
+
+def _kept(ledger: Ledger, machine: Machine, pack: Pack, *shape: int) -> Tensor:
+    """What memory.vision_cache keeps of pictures, in the precision of the weights."""
+    return _come("kept features of pictures", machine.dtype, ledger, machine, pack, *shape)
+
+
+def _come(term: str, dtype: torch.dtype, ledger: Ledger, machine: Machine, pack: Pack, *shape: int) -> Tensor:
+    with ledger.under(term):
+        come = torch.empty(*shape, dtype=dtype)
         if machine.gpu:
-            ledger.hold(pixels, torch.empty(int(pixels.numel() * pack.waiting)))
+            ledger.hold(come, torch.empty(int(come.numel() * pack.waiting), dtype=dtype))
         else:
-            ledger.leave_out([pixels])
-    return pixels
+            ledger.leave_out([come])
+    return come
+
+
+def _deeper(config: Any) -> Sequence[int]:
+    """Layers of the tower that feed the language model beside the last (Qwen3-VL)."""
+    return getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
+
+
+def _project(module: nn.Module, hidden: Tensor, machine: Machine) -> Tensor:
+    """A projector behind models/tower.py: computed again where layers are."""
+    return module(hidden) if machine.checkpointed == 0 else checkpoint(module, hidden, use_reentrant=False)
 
 
 def _llava(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
     tower, config = model.vision_tower, model.config
-    side = config.vision_config.image_size
-    pixels = _pixels(ledger, machine, pack, len(pack.grids), 3, side, side)
-    with _grad(tower):
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
-    if config.vision_feature_select_strategy == "default":
-        hidden = hidden[:, 1:]
-    return model.multi_modal_projector(hidden), []
+    vision, drops = config.vision_config, config.vision_feature_select_strategy == "default"
+    positions = (vision.image_size // vision.patch_size) ** 2
+    found = []
+    if machine.cached:
+        hidden = _kept(ledger, machine, pack, len(pack.grids), pack.shown // len(pack.grids), vision.hidden_size)
+        return _project(model.multi_modal_projector, hidden, machine), []
+    pixels = _pixels(ledger, machine, pack, len(pack.grids), 3, vision.image_size, vision.image_size)
+    for part in pixels.split(at_a_time(positions)):
+        with _grad(tower):
+            hidden = tower(part, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+        found.append(_project(model.multi_modal_projector, hidden[:, 1:] if drops else hidden, machine))
+    return torch.cat(found), []
 
 
 def _encode(tower: Any, pixels: Tensor) -> Tensor:
@@ -74,13 +102,28 @@ def _encode(tower: Any, pixels: Tensor) -> Tensor:
     return tower.post_layernorm(tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
 
 
+def _connect(connector: Any, hidden: Tensor, machine: Machine) -> Tensor:
+    """Idefics2's connector, a few pictures at a time."""
+    found = []
+    for few in hidden.split(projected_at_a_time(hidden.shape[1])):
+        mask = torch.empty(few.shape[:2], dtype=torch.bool)
+        if machine.checkpointed != 0:
+            found.append(checkpoint(connector, few, mask, use_reentrant=False))
+        else:
+            found.append(connector(few, attention_mask=mask))
+    return torch.cat(found)
+
+
 def _idefics2(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
     tower, patch_size = model.vision_model, model.config.vision_config.patch_size
     groups = []
     for (rows, columns), count in Counter(pack.grids).items():
         most = at_a_time(rows * columns)
-        members = (min(most, count - at) for at in range(0, count, most))
-        groups += [_pixels(ledger, machine, pack, each, 3, rows * patch_size, columns * patch_size) for each in members]
+        for each in (min(most, count - at) for at in range(0, count, most)):
+            if machine.cached:
+                groups.append(_kept(ledger, machine, pack, each, rows * columns, tower.config.hidden_size))
+            else:
+                groups.append(_pixels(ledger, machine, pack, each, 3, rows * patch_size, columns * patch_size))
     found: list[Tensor] = []
     alike: Counter[torch.Size] = Counter()
     trains, hidden = any(True for _ in trained(model.connector)), torch.empty(0)
@@ -94,22 +137,24 @@ def _idefics2(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple
                 ledger.hold(torch.empty_like(hidden))
             continue
         with _grad(tower):
-            hidden = _encode(tower, pixels)
-        mask = torch.empty(hidden.shape[:2], dtype=torch.bool)
-        if machine.checkpointed != 0:
-            found.append(checkpoint(model.connector, hidden, mask, use_reentrant=False))
-        else:
-            found.append(model.connector(hidden, attention_mask=mask))
+            hidden = pixels if machine.cached else _encode(tower, pixels)
+        found.append(_connect(model.connector, hidden, machine))
     return torch.cat(found)[torch.empty(len(pack.grids), dtype=torch.long)], []
 
 
 def _idefics3(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
-    vision = model.config.vision_config
-    tiles = max(1, pack.patches // (vision.image_size // vision.patch_size) ** 2)
-    pixels = _pixels(ledger, machine, pack, tiles, 3, vision.image_size, vision.image_size).to(machine.dtype)
-    with _grad(model.vision_model):
-        hidden = _encode(model.vision_model, pixels)
-    return model.connector(hidden), []
+    vision, found = model.config.vision_config, []
+    positions = (vision.image_size // vision.patch_size) ** 2
+    tiles = max(1, pack.patches // positions)
+    if machine.cached:
+        hidden = _kept(ledger, machine, pack, tiles, positions, vision.hidden_size)
+        return _project(model.connector, hidden, machine), []
+    pixels = _pixels(ledger, machine, pack, tiles, 3, vision.image_size, vision.image_size)
+    for part in pixels.split(at_a_time(positions)):
+        with _grad(model.vision_model):
+            hidden = _encode(model.vision_model, part.to(machine.dtype))
+        found.append(_project(model.connector, hidden, machine))
+    return torch.cat(found), []
 
 
 def _fuyu(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
@@ -130,7 +175,7 @@ def _qwen(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Ten
         hidden = tower.patch_embed(pixels).reshape(patches, -1)
     dims = hidden.shape[-1] // config.num_heads
     turned = (hidden.new_empty(patches, dims), hidden.new_empty(patches, dims))
-    marks = list(getattr(config, "deepstack_visual_indexes", ()))
+    marks = list(_deeper(model.config))
     for number, block in enumerate(tower.blocks):
         with torch.set_grad_enabled(blocks_train):
             hidden = block(hidden, cu_seqlens=ends, position_embeddings=turned)

@@ -5,6 +5,7 @@ Each makes and keeps what the kernel does, as its source says; `rehearsal.py` pu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..models.activations import LOSS_TILE
+
 ATTENTION = "mantis_rehearsed"
 """The name that `attend` goes by among transformers' attentions."""
 
-WORDS, TOKENS = 32_768, 4_096
-"""The tile of logits that TRL's fused head makes at a time (trl 1.16: trainer/utils.py, kernels/chunked_logprob.py)."""
+WORDS = 32_768
+"""Words of the tile of logits, of LOSS_TILE tokens, that TRL's head makes at a time (trl 1.16: trainer/utils.py)."""
 
 
 class _Flash(torch.autograd.Function):
@@ -123,7 +126,7 @@ class FusedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.dtype = dtype
-        hidden.new_empty(min(len(hidden), TOKENS), WORDS, dtype=dtype)
+        hidden.new_empty(min(len(hidden), LOSS_TILE), WORDS, dtype=dtype)
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
@@ -131,7 +134,7 @@ class FusedHead(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden, dtype=torch.float32)
         of_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        tile = hidden.new_empty(min(len(hidden), TOKENS), WORDS, dtype=ctx.dtype)
+        tile = hidden.new_empty(min(len(hidden), LOSS_TILE), WORDS, dtype=ctx.dtype)
         del tile
         return of_hidden.to(hidden.dtype), None if of_weight is None else of_weight.to(weight.dtype), None
 
@@ -142,7 +145,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
+        return x.new_empty(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -164,11 +167,77 @@ class _SwiGLU(torch.autograd.Function):
         return gate.view_as(gate), up.view_as(up)
 
 
-def norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The forward of an RMSNorm in one kernel."""
-    return _Norm.apply(hidden_states, self.weight)
+class _Rotate(torch.autograd.Function):
+    """Liger's rotary positions: turned where they lie, by token, and so are their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        return _turned(query), _turned(key)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(grads[0]), _turned(grads[1]), None, None
 
 
-def swiglu(self: nn.Module, x: Tensor) -> Tensor:
-    """The forward of a SwiGLU layer whose middle is one kernel."""
-    return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
+def _turned(heads: Tensor) -> Tensor:
+    """(B, H, T, D) in the storage it came in, where it lies by token there."""
+    return heads.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys turned by their positions in one kernel."""
+    return _Rotate.apply(query, key, cos, sin)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Liger's LayerNorm: keeps its input and two float32 a row, and stays in its precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rows)
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight = ctx.saved_tensors[1]
+        return torch.empty_like(grads[0]), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _Squared(torch.autograd.Function):
+    """Liger's squared ReLU: keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.empty_like(grads[0])
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return _Norm.apply(x, self.weight)
+
+
+def _swiglu(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _layer_norm(self: Any, x: Tensor) -> Tensor:
+    return _LayerNorm.apply(x, self.weight)
+
+
+def _relu_squared(self: Any, x: Tensor) -> Tensor:
+    return _Squared.apply(x)
+
+
+LAYERS: dict[str, Callable] = {
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "layer_norm": _layer_norm,
+    "relu_squared": _relu_squared,
+}
+"""The forward pass of a layer that one kernel computes, by its name in `memory.kernels`."""

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import torch
 
 from ..models.activations import checkpointed_layers
+from ..models.kernels import KERNELS
 from ..models.tower import TOWER_PATCHES
-from ..recipe import MemoryRecipe, Recipe
+from ..recipe import Kernel, MemoryRecipe, Part, Recipe
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Pack:
 
     `grids` are the (rows, columns) of the vision tower's positions for each picture, or each view of one. `waiting` is
     how many times its pictures are on the card beside them: transformers' Trainer fetches all rows of an optimizer step
-    at once (`get_batch_samples`). `members` are the places of its samples in the data, where there is any.
+    at once (`get_batch_samples`). `shown` are the tokens that stand for pictures. `members` are the places of its
+    samples in the data, where there is any.
     """
 
     tokens: int
@@ -28,6 +30,7 @@ class Pack:
     supervised: int
     grids: tuple[tuple[int, int], ...] = ()
     waiting: float = 0.0
+    shown: int = 0
     members: tuple[int, ...] = field(default=(), compare=False)
 
     @property
@@ -48,9 +51,10 @@ class Machine:
 
     `gpu` is whether its kernels are a GPU's; `dtype` the precision computed in. `checkpointed` is how many layers are
     computed again (None: all), `mlp_tile` how many tokens an MLP sees at a time (None: all). `attention` is segment,
-    sdpa or eager; `fused` whether RMSNorm and SwiGLU are single kernels; `head` is fused (TRL's), full (all logits at
-    once, in float32), "full, 16 bits" or none. `offload` sends what layers keep to the host; `accumulates` is whether
-    gradients of a row before are there already. What trains is held in `trained`.
+    sdpa or eager; `kernels` are the layers that one kernel computes; `head` is fused (TRL's), full (all logits at once,
+    in float32), "full, 16 bits" or none. `offload` sends what layers keep to the host; `accumulates` is whether
+    gradients of a row before are there already. What trains is held in `trained`. `cached` are the parts that pictures
+    have been through before the step, and which are not on the card.
     """
 
     gpu: bool = True
@@ -58,11 +62,12 @@ class Machine:
     checkpointed: int | None = None
     mlp_tile: int | None = None
     attention: str = "segment"
-    fused: bool = False
+    kernels: frozenset[Kernel] = frozenset()
     head: str = "fused"
     offload: bool = False
     accumulates: bool = True
     trained: torch.dtype = torch.float32
+    cached: frozenset[Part] = frozenset()
 
 
 def machine_of(recipe: Recipe, accumulates: bool, gpu: bool = True) -> Machine:
@@ -74,18 +79,26 @@ def machine_of(recipe: Recipe, accumulates: bool, gpu: bool = True) -> Machine:
         checkpointed=checkpointed_layers(memory, gpu),
         mlp_tile=memory.mlp_tile,
         attention=memory.attention if memory.attention in ("sdpa", "eager") else "segment",
-        fused=gpu and _fuses(memory),
+        kernels=_kernels(memory, gpu),
         head="none" if recipe.task == "classify" else "fused",
         offload=memory.offload_activations and gpu,
         accumulates=accumulates,
+        cached=_cached(recipe),
     )
 
 
-def _fuses(memory: MemoryRecipe) -> bool:
-    """Whether RMSNorm and SwiGLU are single kernels; with "auto" where they can be seen to be, as training does."""
-    if memory.kernels == "auto":
-        return torch.cuda.is_available() and find_spec("liger_kernel") is not None
-    return {"rms_norm", "swiglu"} <= set(memory.kernels)
+def _kernels(memory: MemoryRecipe, gpu: bool) -> frozenset[Kernel]:
+    """With "auto" those that training would take on a GPU beside what is installed here."""
+    if memory.kernels == "off":
+        return frozenset()
+    there = KERNELS if gpu and (memory.kernels != "auto" or find_spec("liger_kernel")) else ("lora",)
+    return frozenset(there if memory.kernels == "auto" else set(memory.kernels) & set(there))
+
+
+def _cached(recipe: Recipe) -> frozenset[Part]:
+    if recipe.memory.vision_cache == "off":
+        return frozenset()
+    return frozenset(["vision_tower", "projector"] if recipe.part("projector") == "frozen" else ["vision_tower"])
 
 
 def grid(patches: int, size: tuple[int, int] = (1, 1)) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ..data.template import IDEFICS_2, Token, Wrap
 from ..data.vision import Pixels, Size, Vision, bounded
 from ..recipe import MediaRecipe
 from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
-from .tower import at_a_time
+from .tower import at_a_time, projected_at_a_time
 
 FAKE, PLACEHOLDER = Token("<fake_token_around_image>"), Token("<image>")
 
@@ -104,17 +104,20 @@ def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any)
 
 
 def _connected(model: Idefics2Model, hidden: torch.Tensor) -> torch.Tensor:
-    """What the connector makes of the tower's output for pictures of a shape: (N, P, W) -> (N, latents, H)."""
-    whole = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    if model.training and model.text_model.gradient_checkpointing:
-        # Or its wide layers would keep 4 x 14,336 numbers a patch for the backward pass.
-        return checkpoint(model.connector, hidden, whole, use_reentrant=False)
-    return model.connector(hidden, attention_mask=whole)
+    """What the connector makes of the tower's output for pictures of a shape: (N, P, W) -> (N, latents, H).
 
-
-def _connected_apart(model: Idefics2Model, hidden: torch.Tensor) -> torch.Tensor:
-    """As many pictures at a time as would have gone through the tower together."""
-    return torch.cat([_connected(model, pictures) for pictures in hidden.split(at_a_time(hidden.shape[1]))])
+    A few at a time, and again in the backward pass where layers are: its wide layers would keep 4 x 14,336 numbers a
+    patch.
+    """
+    again = model.training and model.text_model.gradient_checkpointing
+    found = []
+    for few in hidden.split(projected_at_a_time(hidden.shape[1])):
+        whole = torch.ones(few.shape[:2], dtype=torch.bool, device=few.device)
+        if again:
+            found.append(checkpoint(model.connector, few, whole, use_reentrant=False))
+        else:
+            found.append(model.connector(few, attention_mask=whole))
+    return torch.cat(found)
 
 
 def _views(size: Size, splitting: bool) -> list[Size]:
@@ -142,5 +145,5 @@ IDEFICS2 = Family(
     vision=vision,
     splits=True,
     adapt=_read_by_shape,
-    projection=Projection(rows=lambda vision, size: vision.patches(size), run=_connected_apart),
+    projection=Projection(rows=lambda vision, size: vision.patches(size), run=_connected),
 )

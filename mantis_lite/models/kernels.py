@@ -153,11 +153,15 @@ def _relu_squared(module: Any) -> None:
 
 
 def _rope(module: Any) -> None:
-    """The attention's own forward pass, which turns queries and keys by another function of the same name."""
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
+    turn_by(liger_rotary_pos_emb, module)
+
+
+def turn_by(function: Callable, module: Any) -> None:
+    """Let an attention, its forward pass otherwise its own, turn queries and keys by another function (ROTATES)."""
     own = type(module).forward
-    known = {**own.__globals__, ROTATES: liger_rotary_pos_emb}
+    known = {**own.__globals__, ROTATES: function}
     other = FunctionType(own.__code__, known, own.__name__, own.__defaults__, own.__closure__)
     other.__kwdefaults__ = own.__kwdefaults__
     module.forward = MethodType(other, module)

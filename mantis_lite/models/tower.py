@@ -16,10 +16,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 TOWER_PATCHES = 16_384
 """What goes through a tower at a time: enough to fill a GPU, and a bound on memory."""
 
+PROJECTOR_PATCHES = 4_096
+"""What goes through a projector at a time that is wider than its tower: Idefics2's is twelve times as wide."""
+
 
 def at_a_time(patches: int) -> int:
     """How many pictures of so many patches go through the tower together."""
     return max(1, TOWER_PATCHES // patches)
+
+
+def projected_at_a_time(patches: int) -> int:
+    """How many pictures of so many patches go through a wide projector together."""
+    return max(1, PROJECTOR_PATCHES // patches)
 
 
 def see_a_few_at_a_time(model: PreTrainedModel, dimension: int, projector: str) -> None:

@@ -16,12 +16,17 @@ from ..data.encode import IGNORE
 from ..data.labels import Labels
 from ..errors import RecipeError
 from ..metrics import score_metrics
+from ..models.activations import tile_loss
 from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
 
 
 class ChatTrainer(SFTTrainer):
-    """TRL's trainer, reporting nothing home."""
+    """TRL's trainer, reporting nothing home; its loss holds the logits of a few tokens at a time."""
+
+    def __init__(self, **settings: Any) -> None:
+        tile_loss()
+        super().__init__(**settings)
 
     def _send_telemetry(self) -> None:
         pass

@@ -1,0 +1,163 @@
+"""What this package does on one NVIDIA GPU: the table G0-G12 of the project's notes on performance.
+
+    python -m benchmarks.gpu [--only G3,G7] [--full] [--minutes 8.5] [--out FOLDER]
+    python -m benchmarks.gpu --profile G3
+    python -m benchmarks.gpu --tiny
+    python -m benchmarks.gpu --estimates
+
+Weights are random, in the shapes of Mantis-8B-siglip-llama3 and Mantis-8B-Idefics2; nothing is downloaded. Groups run
+in the order of their worth, each in a process of its own; a case is not begun where too little is left of the time, and
+the file is written anew after each. --profile shows where one step of a group's first case goes. --tiny runs every case
+in small shapes on a CPU and keeps no figure. --estimates adds to a file, on any machine, what `mantis-lite fit` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from . import results
+
+ORDER = ("G0", "G3", "G2", "G1", "G7", "G5", "G6", "G10", "G9", "G8", "G11", "G4", "G12")
+Figures = dict[str, Any]
+
+
+class Group:
+    """A process that waits for `go`, then writes a line for each case that begins or ends into a file."""
+
+    def __init__(self, name: str, args: argparse.Namespace, folder: Path, deadline: float, first: int = 0) -> None:
+        self.name = name
+        self.lines, self.log = folder / f"{name}-{first}.jsonl", folder / f"{name}-{first}.log"
+        self.lines.touch()
+        asked = [flag for flag in ("tiny", "full", "profile") if getattr(args, flag)]
+        words = [name, str(first), str(deadline), str(self.lines), *asked]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu_group", *words],
+            stdin=subprocess.PIPE,
+            stdout=None if args.profile else subprocess.DEVNULL,
+            stderr=self.log.open("w"),
+            env=environment | ({"CUDA_VISIBLE_DEVICES": ""} if args.tiny else {}),
+            start_new_session=True,  # with the loader's workers, so that all of it can be ended
+        )
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        if self.process.poll() is None:
+            self.process.stdin.write(b"go\n")
+            self.process.stdin.close()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Table:
+    """All figures by group and case, in a file and on the screen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows = folder, dict[str, Figures]()
+
+    def add(self, group: str, case: str, figures: Figures) -> None:
+        self.rows.setdefault(group, {})[case] = figures
+        results.write("gpu", self.rows, self.folder)
+        shown = {key: value for key, value in figures.items() if key not in ("setting", "losses")}
+        shown |= {"failed": shown["failed"][-300:]} if "failed" in shown else {}
+        print(f"{group} {case}: {json.dumps(shown)}", flush=True)
+
+
+def follow(group: Group, table: Table, deadline: float) -> tuple[int, bool]:
+    """Write down what a group says until it ends, or has to be: how many cases are done, and whether to go on."""
+    read, begun, done = 0, None, 0
+    group.go()
+    while True:
+        over = group.process.poll() is not None
+        lines = group.lines.read_text().splitlines(keepends=True)
+        for line in (line for line in lines[read:] if line.endswith("\n")):
+            said, read = json.loads(line), read + 1
+            if said["figures"] is None:
+                begun = (said["case"], time.time() + 30 + 4 * said["seconds"])
+            else:
+                table.add(group.name, said["case"], said["figures"])
+                begun, done = None, done + 1
+        late = time.time() > min(deadline, begun[1] if begun else deadline)
+        if over or late:
+            break
+        time.sleep(0.1)
+    group.end()
+    if begun is None and group.process.returncode == 0:
+        return done, False
+    why = {"stopped": "it took too long"} if late and not over else {"failed": group.log.read_text()[-2000:]}
+    table.add(group.name, begun[0] if begun else "before a case", why)
+    return done + 1, begun is not None and time.time() < deadline
+
+
+def run(args: argparse.Namespace) -> None:
+    """All groups asked for, one after the other; the next is being started while one runs."""
+    chosen = args.profile.split(",") if args.profile else args.only.split(",") if args.only else list(ORDER)
+    deadline = time.time() + 60 * args.minutes
+    groups: list[Group] = []
+    with tempfile.TemporaryDirectory() as folder:
+        table = Table(Path(folder) if args.tiny or args.profile else args.out)
+        try:
+            groups.append(Group(chosen[0], args, Path(folder), deadline))
+            for name in [*chosen[1:], None]:
+                now = groups[-1]
+                groups += [Group(name, args, Path(folder), deadline)] if name else []
+                run_group(now, args, table, deadline, groups)
+        finally:
+            for group in groups:
+                group.end()
+    faults = [f"{group} {case}" for group, cases in table.rows.items() for case, row in cases.items() if bad(row)]
+    print(f"{sum(map(len, table.rows.values()))} rows; at fault: {faults or 'none'}", flush=True)
+    if args.tiny and faults:
+        sys.exit(1)
+
+
+def run_group(group: Group, args: argparse.Namespace, table: Table, deadline: float, groups: list[Group]) -> None:
+    """Follow a group to its end; where a case ends the process, another goes on behind that case."""
+    if time.time() > deadline:
+        table.add(group.name, "all", {"not run": "time"})
+        return
+    done, more = follow(group, table, deadline)
+    while more:
+        again = Group(group.name, args, group.lines.parent, deadline, done)
+        groups.insert(0, again)
+        now, more = follow(again, table, deadline)
+        done += now
+
+
+def bad(row: Figures) -> bool:
+    return bool({"failed", "fault", "stopped"} & row.keys())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="groups, with commas between")
+    parser.add_argument("--full", action="store_true", help="20 timed steps, and the long cases too")
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--out", type=Path, default=results.FOLDER)
+    parser.add_argument("--profile", metavar="GROUP")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--estimates", action="store_true")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the groups are ended as well
+    if args.estimates:
+        from .gpu_estimates import add_estimates
+
+        add_estimates(args.out / "gpu.json")
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
