@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from mantis_lite.cli import app
 from mantis_lite.errors import RecipeError
 from mantis_lite.memory.card import Card, card_at_hand, card_of
-from mantis_lite.memory.choose import choose
+from mantis_lite.memory.choose import SPARE, choose
 from mantis_lite.memory.estimate import CONTEXT, GIB
 from mantis_lite.memory.overrides import changed, taken
 from mantis_lite.recipe import load_recipe, make_recipe
@@ -64,6 +64,24 @@ def test_the_mildest_is_picked_and_no_more_than_is_needed(asked):
             assert taken(work, without)[0].estimate.total > total - less
         steps.append([each.words for each in choice.picked])
     assert steps == [["memory.checkpointing=full"], ["memory.checkpointing=full", "packing.max_length=1024"]]
+
+
+def test_no_more_layers_are_computed_again_than_the_card_asks_for(asked):
+    """Where the recipe leaves it open: all that a layer less would not fit, and none on a large card."""
+    before = make_recipe(asked, ["memory.checkpointing=auto"])
+    work, sizes = work_of(before), {}
+    depth = work.config.get_text_config().num_hidden_layers
+    for count in range(depth + 1):
+        words = f"memory.fit=off memory.checkpointing={count or 'off'}"
+        sizes[count] = taken(work, changed(before, words))[0].estimate.total
+    assert sorted(sizes.values(), reverse=True) == list(sizes.values()) and sizes[depth] < sizes[0]
+    assert choose(work, before, card_of(8)).recipe.memory.checkpointing == "off"
+    for count in range(1, depth):
+        choice = choose(work, before, Card(1, int(sizes[count] / (1 - SPARE)) + 1))
+        assert choice.recipe.memory.checkpointing == count and choice.total == sizes[count]
+        assert ", for speed: " in list(choice.notices)[1]
+    small = choose(work, before, Card(1, sizes[depth]))
+    assert small.recipe.memory.checkpointing == "auto" and not small.picked
 
 
 def test_packs_are_not_made_shorter_than_the_longest_sample(asked):
@@ -139,4 +157,4 @@ def test_train_shows_what_is_picked(asked):
         app, ["train", "chat", *words, *steps, "packing.max_length=512", "memory.fit=auto", "--gpu", "8"]
     )
     assert done.exit_code == 0, done.output
-    assert "notice: memory.fit picks nothing: it fits" in done.output
+    assert "notice: memory.fit picks memory.checkpointing=off, for speed: " in done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from ..recipe import Recipe
 from .card import Card
 from .estimate import GIB
 from .overrides import Taken, Work, changed, exact, in_4_bits, offloaded, shorter, taken, taken_less
+
+SPARE = 0.05
+"""The share of a card that is left free where settings are picked for speed: an estimate may be a little low."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Choice:
         first = self.picked[0].before if self.picked else self.total
         yield f"memory.fit: as the recipe is, a step takes {first / GIB:.2f} GiB, and this is {self.card.words}"
         for each in self.picked:
-            yield f"memory.fit picks {each.words}: {each.before / GIB:.2f} -> {each.after / GIB:.2f} GiB"
+            why = ", for speed" if each.after > each.before else ""
+            yield f"memory.fit picks {each.words}{why}: {each.before / GIB:.2f} -> {each.after / GIB:.2f} GiB"
         if not self.picked:
             yield "memory.fit picks nothing: it fits"
 
@@ -44,13 +49,18 @@ class Choice:
 def choose(work: Work, recipe: Recipe, card: Card) -> Choice:
     """Pick, the mildest first, until the largest step fits; then give back what that made needless.
 
-    What the recipe says of these keys is changed where it must be, and towards less memory alone. Raises RecipeError
+    What the recipe says of these keys is changed where it must be, and towards less memory alone. Where it leaves
+    checkpointing open and all of it fits, no more layers are computed again than the card asks for. Raises RecipeError
     where nothing is enough.
     """
     known = taken(work, recipe)
     fits = changed(recipe, "memory.fit=off")
     if known[0].estimate.total <= card.usable:
-        return Choice(fits, card, [], known[0].estimate.total)
+        faster = _with_room(work, fits, int(card.usable * (1 - SPARE)))
+        picked = [Picked(words, known[0].estimate.total, total) for words, total in faster]
+        for each in picked:
+            fits = changed(fits, each.words)
+        return Choice(fits, card, picked, picked[-1].after if picked else known[0].estimate.total)
     words = _needed(work, fits, known, _enough(work, fits, known, card), card)
     picked, before = [], known[0].estimate.total
     for word in words:
@@ -59,6 +69,21 @@ def choose(work: Work, recipe: Recipe, card: Card) -> Choice:
         picked.append(Picked(word, before, after))
         before = after
     return Choice(fits, card, picked, before)
+
+
+def _with_room(work: Work, recipe: Recipe, room: int) -> Iterator[tuple[str, int]]:
+    """The override with which as few layers are computed again as there is room for, and what a step takes then."""
+    if recipe.memory.checkpointing != "auto":
+        return
+
+    def with_layers(count: int) -> tuple[str, int]:
+        words = f"memory.checkpointing={count or 'off'}"
+        return words, taken(work, changed(recipe, words))[0].estimate.total
+
+    depth = work.config.get_text_config().num_hidden_layers
+    count = bisect_left(range(depth), True, key=lambda count: with_layers(count)[1] <= room)
+    if count < depth:
+        yield with_layers(count)
 
 
 def _enough(work: Work, recipe: Recipe, known: list[Taken], card: Card) -> list[str]:
