@@ -61,6 +61,21 @@ def test_no_gradient_changes_and_less_is_kept(checkpoint_of, encoder_of, family,
     assert kept["inputs"] < kept["one layer less"] < kept["all"] and kept["tiles"] < kept["all"]
 
 
+@pytest.mark.parametrize(("memory", "times"), [("inputs", 2), ("tiles", 2), ("inputs, tiles", 2), ("all", 1)])
+def test_a_tile_is_computed_again_once(checkpoint_of, encoder_of, memory, times):
+    """Also where its layer is: three times would be once for nothing."""
+    made = recipe(checkpoint_of("llava").name, memory=KEPT[memory], method="lora")
+    model = make_trainable(load_model(checkpoint_of("llava"), made), made, checkpoint_of("llava").family).train()
+    tokens = []
+    for layer in decoder_layers(model):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
+    encoder = encoder_of("llava")
+    batch = collate([encoder.encode(parse(row, "rows:1", None)) for row in ROWS], encoder.vision.batch)
+    model(**batch).loss.backward()
+    assert sum(tokens) == times * batch["input_ids"].shape[1] * len(decoder_layers(model))
+    assert max(tokens) == 16 if "tiles" in memory else len(tokens) == times * len(decoder_layers(model))
+
+
 def test_dropout_is_the_same_when_a_tile_is_computed_again(checkpoint_of, encoder_of):
     """A gradient of another mask would be that of another loss: numbers of the loss against its own gradient."""
     settings = {"method": "lora", "lora": {"dropout": 0.5}}

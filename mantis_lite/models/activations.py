@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.kernels import chunked_logprob
 
 from ..recipe import MemoryRecipe
+from .tiles import tile_mlp
 
 LOSS_TILE = 1_024
 """Tokens whose logits are there at a time."""
@@ -70,20 +68,6 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
-    """Let the language model's MLPs see `tokens` at a time, and compute each stretch again in the backward pass.
-
-    They are the widest layers: of a long row they hold more than everything else of a layer together (tiled MLP, as in
-    Arctic long sequence training, Bekman et al. 2025, https://arxiv.org/abs/2506.13996).
-    """
+    """Let the language model's MLPs see `tokens` at a time, and compute each stretch again in the backward pass."""
     for layer in decoder_layers(model):
-        layer.mlp.forward = partial(_tiled, layer.mlp.forward, tokens)
-
-
-def _tiled(forward: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
-    """An MLP's forward pass over hidden states (1, T, H), stretch by stretch; no token sees another in it."""
-    if hidden.shape[1] <= tokens:
-        return forward(hidden)
-    stretches = hidden.split(tokens, dim=1)
-    if not torch.is_grad_enabled():
-        return torch.cat([forward(stretch) for stretch in stretches], dim=1)
-    return torch.cat([checkpoint(forward, stretch, use_reentrant=False) for stretch in stretches], dim=1)
+        tile_mlp(layer.mlp, tokens)
