@@ -188,6 +188,8 @@ def _prepare_process() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning cripple torch on a busy CPU
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # packs differ, and would leave gaps on a card
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
     from transformers.utils import logging as transformers_logging
 

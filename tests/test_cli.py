@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import chat, write_rows
 
+from mantis_lite.cli import _prepare_process
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -113,3 +115,15 @@ def test_the_wheel_holds_recipes_and_the_tiny_checkpoint(tmp_path):
     where = "import mantis_lite.recipe as r; print(r.recipes_dir())"
     shown = subprocess.run([sys.executable, "-c", where], cwd=tmp_path / "site", capture_output=True, text=True)
     assert shown.stdout.strip() == str(tmp_path / "site/mantis_lite/recipes")
+
+
+@pytest.mark.parametrize("stated", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_how_a_cards_memory_is_given_out_is_the_users_to_say(monkeypatch, stated):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if stated:
+        monkeypatch.setenv(stated, "backend:native")
+    _prepare_process()
+    expected = {stated: "backend:native"} if stated else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")} == expected
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)  # what the command set, no test after this one is to see
