@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import card, results
 
 ORDER = ("G0", "G3", "G2", "G1", "G7", "G5", "G6", "G10", "G9", "G8", "G11", "G4", "G12")
 Figures = dict[str, Any]
@@ -64,8 +64,8 @@ class Group:
 class Table:
     """All figures by group and case, in a file and on the screen."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.rows = folder, dict[str, Figures]()
+    def __init__(self, folder: Path, rows: dict[str, Figures] | None = None) -> None:
+        self.folder, self.rows = folder, rows or {}
 
     def add(self, group: str, case: str, figures: Figures) -> None:
         self.rows.setdefault(group, {})[case] = figures
@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     deadline = time.time() + 60 * args.minutes
     groups: list[Group] = []
     with tempfile.TemporaryDirectory() as folder:
-        table = Table(Path(folder) if args.tiny or args.profile else args.out)
+        kept = not (args.tiny or args.profile)
+        table = Table(args.out, before(args.out) if args.only else None) if kept else Table(Path(folder))
         try:
             groups.append(Group(chosen[0], args, Path(folder), deadline))
             for name in [*chosen[1:], None]:
@@ -136,6 +137,17 @@ def run_group(group: Group, args: argparse.Namespace, table: Table, deadline: fl
         done += now
 
 
+def before(folder: Path) -> dict[str, Figures]:
+    """What is measured already, where only some groups are to be; it must be of the same machine and versions."""
+    file = folder / "gpu.json"
+    if not file.is_file():
+        return {}
+    known, here = json.loads(file.read_text()), results.machine()
+    if (known["device"], known["versions"]) != (here["device"], here["versions"]):
+        sys.exit(f"{file} is of another machine or of other versions: name another folder with --out")
+    return known["figures"]
+
+
 def bad(row: Figures) -> bool:
     return bool({"failed", "fault", "stopped"} & row.keys())
 
@@ -155,8 +167,10 @@ def main() -> None:
         from .gpu_estimates import add_estimates
 
         add_estimates(args.out / "gpu.json")
-    else:
+    elif args.tiny or card.there():
         run(args)
+    else:
+        parser.error("there is no NVIDIA GPU; --tiny runs all cases in small shapes without one")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from mantis_lite import tiny
+from mantis_lite.memory.card import card_of
+from mantis_lite.memory.estimate import CONTEXT, GIB
 from mantis_lite.memory.overrides import TILE
 
 from . import card, gpu_kernels, gpu_peer, gpu_step
@@ -98,16 +100,12 @@ def lengths_alone(place: Place, family: str, words: Sequence[str], lengths: Sequ
     return peaks_by_length(place, family, [*RATE, "memory.checkpointing=full", room, *words], model, data)
 
 
-ROOM = 0.9897
-"""The share of a card's memory that a process can have, as in mantis_lite/report/fit.py."""
-CONTEXT = 0.596
-"""GiB of it that are not for tensors, as in mantis_lite/memory/estimate.py."""
 LONGEST = ["lora.r=32", "lora.alpha=64", "lora.dropout=0", QLORA, TILED, OFFLOADED]
 
 
 def longest(place: Place, gib: int) -> Figures:
     """The longest row in so large a card: on the line through two short ones, then tried, shorter until it fits."""
-    caps = {size: size * ROOM - CONTEXT for size in (8, 12, 16, 24)}
+    caps = {size: (card_of(size).usable - CONTEXT) / GIB for size in (8, 12, 16, 24)}
     short = lengths_alone(place, "llava", LONGEST, [4096, 16384])
     (less, low), (more, high) = ((int(n), each["peak_gib"]) for n, each in short["by_length"].items())
     each = max(1e-9, (high - low) / (more - less))

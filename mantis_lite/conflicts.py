@@ -59,6 +59,9 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
         yield f"lora.{changed[0]}: has no effect with method=full\n  Set lora=null, or method=lora."
     if recipe.quantized and recipe.method != "qlora":
         yield f"memory.quantize: {recipe.quantized}, but method={recipe.method}\n  Set method=qlora."
+    if recipe.method == "qlora" and recipe.lora.init == "pissa":
+        why = "pissa takes its first values from weights that are not in 4 bits"
+        yield f"lora.init: {why}\n  Set method=lora, or another lora.init."
     if recipe.method == "qlora" and not recipe.quantized:
         yield "memory.quantize: [], but method=qlora holds something in 4 bits\n  Set method=lora."
     if isinstance(recipe.data.eval, float) and not 0 < recipe.data.eval < 1:

@@ -292,6 +292,17 @@ def test_no_sample_sees_another_by_any_kernel_there_is(kernel, window):
         assert (a.double() - exact).norm() < 0.02 * exact.norm()
 
 
+def test_attention_is_computed_as_autocast_has_it():
+    """Rotary positions in float32 make queries and keys so, beside values of 16 bits; a kernel takes one kind."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 30, 16).unbind()
+    ends = torch.tensor([0, 10, 30], dtype=torch.int32)
+    exact, _ = segment_attention(None, query, key, value, None, None, 0.0, ends, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = segment_attention(None, query, key, value.bfloat16(), None, None, 0.0, ends, 20)
+    assert out.dtype == torch.bfloat16 and (out.float() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_only_the_language_model_attends_by_segments(model):
     model = with_attention(model, "auto")
     attention = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}

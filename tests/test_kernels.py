@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import chat, recipe
+from peft import LoraConfig, get_peft_model
 from test_isolation import batch_of, loss_and_gradient, samples_of
 from torch import nn
 
@@ -142,6 +143,20 @@ def test_lora_that_is_switched_off_is_the_base(checkpoint_of, encoder_of):
         adapted = fused(**batch).logits
         fused.merge_adapter()
         torch.testing.assert_close(fused(**batch).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_trains_goes_on_training(checkpoint_of, encoder_of):
+    """PEFT's bias="lora_only", in an adapter that is gone on with: fused, its gradient would be nothing."""
+    checkpoint, encoder = checkpoint_of("qwen2_vl"), encoder_of("qwen2_vl")
+    base = load_model(checkpoint, recipe(checkpoint.name)).requires_grad_(False)
+    model = get_peft_model(base, LoraConfig(r=2, bias="lora_only", target_modules=["q_proj", "o_proj"]))
+    fuse(model, ["lora"])
+    assert ("lora", "language model", 2, "on weights that train") in fused_layers(
+        model, checkpoint.family, dict.fromkeys(KERNELS)
+    )
+    loss_and_gradient(model.train(), [batch_of(encoder, samples_of(encoder, ROWS))])
+    biases = [weight for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name]
+    assert biases and all(bias.grad is not None and bias.grad.abs().sum() > 0 for bias in biases)
 
 
 def test_what_lora_is_left_to_peft_and_why(checkpoint_of):

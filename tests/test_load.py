@@ -66,6 +66,15 @@ def test_qlora_learns(in_4_bits, checkpoint, encoder):
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_kernel_for_attention_that_is_not_here_is_refused(checkpoint):
+    """Also for a run that was trained elsewhere, and is only predicted with."""
+    with pytest.raises(
+        RecipeError, match=r"memory.attention: varlen, but there is no GPU\n  Set memory.attention=auto"
+    ):
+        load_model(checkpoint, recipe(checkpoint.name, memory={"attention": "varlen"}))
+
+
 @pytest.mark.parametrize(
     ("asked", "found"),
     [("auto", "mantis_segment"), ("segment", "mantis_calls"), ("sdpa", "sdpa"), ("eager", "eager")],

@@ -231,6 +231,32 @@ def test_a_probe_takes_what_was_estimated(made):
     assert what == "tensors" and abs(estimated / measured - 1) < 0.02
 
 
+def test_a_probe_evaluates_nothing(made, monkeypatch):
+    data, model = made
+    monkeypatch.setattr("transformers.Trainer.evaluate", lambda *args, **kwargs: pytest.fail("evaluated"))
+    words = [f"model={model('llava')}", f"data={data}", "packing.max_length=1024", "data.eval=0.2"]
+    assert probe(load_recipe("chat", words)).figures
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("chat-fuyu-qlora", [], "memory.vision_cache: fuyu has no vision tower"),
+        ("chat-qwen2vl-qlora", ["trainable.projector=adapter"], "memory.vision_cache: the projector trains, and that"),
+    ],
+)
+def test_fit_refuses_what_training_would(name, words, message):
+    with pytest.raises(RecipeError, match=message):
+        fit(name, ["memory.vision_cache=disk", *words], 12)
+
+
+def test_the_vision_cache_takes_the_tower_off_the_card():
+    plain, cached = (fit("chat", [f"memory.vision_cache={kept}"], 12).estimate for kept in ("off", "disk"))
+    assert any("vision tower" in term for term in plain.terms) and "kept features of pictures" in cached.terms
+    assert not any(term.startswith(("weights: vision", "weights: projector")) for term in cached.terms)
+    assert cached.total < plain.total
+
+
 def test_a_probe_needs_data(llava_folder):
     with pytest.raises(RecipeError, match=r"fit --probe: runs a pack of the data, and none was given\n  Add data="):
         probe(read("chat", [f"model={llava_folder}"]))

@@ -84,6 +84,19 @@ def test_no_more_layers_are_computed_again_than_the_card_asks_for(asked):
     assert small.recipe.memory.checkpointing == "auto" and not small.picked
 
 
+@pytest.mark.parametrize("quantize", [None, []])
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.6, 0.5])
+def test_whatever_a_card_holds_something_is_picked_or_nothing_fits(asked, share, quantize):
+    """QLoRA is not given back beneath the parts that it holds in 4 bits."""
+    before = make_recipe(asked | {"memory": {"fit": "auto", "checkpointing": "off", "quantize": quantize}})
+    work = work_of(before)
+    usable = int(taken(work, before)[0].estimate.total * share)
+    try:
+        assert choose(work, before, Card(1, usable)).total <= usable
+    except RecipeError as error:
+        assert str(error).startswith("memory.fit: nothing fits ")
+
+
 def test_packs_are_not_made_shorter_than_the_longest_sample(asked):
     before = make_recipe(asked)
     work = work_of(before)

@@ -214,6 +214,10 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
             {"method": "qlora", "memory": {"quantize": []}},
             "memory.quantize: [], but method=qlora holds something in 4 bits\n  Set method=lora.",
         ),
+        (
+            {"method": "qlora", "lora": {"init": "pissa"}},
+            "lora.init: pissa takes its first values from weights that are not in 4 bits\n  Set method=lora, or",
+        ),
         ({"data": {"sources": "a", "eval": 1.5}}, "data.eval: expected a share between 0 and 1, or a file, found 1.5"),
         ({"eval": {"every": 10}}, "eval.every: there is nothing to evaluate on\n  Set data.eval"),
     ],
@@ -226,6 +230,7 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
         "lora unused",
         "quantize",
         "other part",
+        "pissa",
         "share",
         "every",
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, chat, losses, write_rows
+from helpers import SHARED, chat, losses, picture, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -331,6 +331,26 @@ def test_out_of_memory_says_where_and_what_to_do(settings, tmp_path):
     assert f"of {tokens:,} tokens and " in said and "rows.jsonl:" in said and "GiB, is: CUDA context." in said
     assert "Add to the command:\n" in said and "memory.mlp_tile=1024" not in said.partition("Add")[0]
     assert caught.value.exit_code == 4
+
+
+def test_out_of_memory_is_said_whatever_else_is_wrong(settings, tmp_path, monkeypatch):
+    """Pictures that are gone by then: the packs cannot be looked at, and that is not what ended the run."""
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    turns = chat("a <image>", "b")["messages"]
+    rows = [json.dumps({"images": [str(tmp_path / f"{number}.png")], "messages": turns}) for number in range(2)]
+    (tmp_path / "files.jsonl").write_text("\n".join(rows))
+    run = start(make_recipe(settings | {"data": str(tmp_path / "files.jsonl")}))
+
+    def full(*args, **kwargs):
+        for number in range(2):
+            (tmp_path / f"{number}.png").unlink()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(run.trainer, "train", full)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in step 1: CUDA out of memory") as caught:
+        run.train()
+    assert "What would help cannot be said, as the packs cannot be read: " in str(caught.value)
 
 
 def test_out_of_memory_while_loading_says_so(settings, monkeypatch):

@@ -118,8 +118,11 @@ def _needed(work: Work, recipe: Recipe, known: list[Taken], picked: list[str], c
     for words in picked[-2::-1]:
         less = [other for other in picked if other is not words]
         now = recipe
-        for other in less:
-            now = changed(now, other)
+        try:
+            for other in less:
+                now = changed(now, other)
+        except RecipeError:
+            continue  # what was picked after it stands on it, as parts in 4 bits do on QLoRA
         if taken_less(work, now, recipe, known).estimate.total <= card.usable:
             picked = less
     return picked

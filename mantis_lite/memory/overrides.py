@@ -138,8 +138,8 @@ def exact(recipe: Recipe) -> Iterator[str]:
 
 def in_4_bits(work: Work, recipe: Recipe) -> Iterator[str]:
     """Overrides that hold frozen weights in 4 bits: the language model's, then every part's."""
-    if recipe.method == "lora":
-        yield "method=qlora"
+    if recipe.method == "lora" and recipe.lora.init != "pissa":
+        yield "method=qlora" if recipe.memory.quantize is None else "method=qlora memory.quantize=null"
     elif recipe.method == "qlora":
         parts = [part for part in recipe.parts if part in work.family.parts and recipe.part(part) != "full"]
         if set(parts) > set(recipe.quantized):

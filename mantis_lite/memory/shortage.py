@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import OutOfMemory, one_line
+from ..errors import MantisError, OutOfMemory, one_line
 from ..recipe import Recipe
 from .estimate import GIB
 from .overrides import Override, Work, best, taken
@@ -15,15 +16,21 @@ from .overrides import Override, Work, best, taken
 
 def shortage(when: str, work: Work, recipe: Recipe, error: Exception) -> OutOfMemory:
     """The error of a run that ran out of memory `when`; nothing is asked of the card for it."""
-    known = taken(work, recipe)
+    found = f"out of memory {when}: {one_line(error)}"
+    try:
+        known = taken(work, recipe)
+        helping = best(work, recipe, known)
+    except MantisError as other:  # a picture that is gone meanwhile, say: it must not hide that memory ran out
+        return OutOfMemory(f"{found}\n  What would help cannot be said, as the packs cannot be read: {other}")
     pack, estimate = known[0].pack, known[0].estimate
     term, size = max({**estimate.terms, **estimate.overhead}.items(), key=lambda item: item[1])
-    helping = best(work, recipe, known)
+    begun = get_last_checkpoint(str(recipe.run_dir)) if recipe.run_dir.is_dir() else None
+    add = "Add to the command, with --from-scratch as the run has begun:" if begun else "Add to the command:"
     lines = [
-        f"out of memory {when}: {one_line(error)}",
+        found,
         f"The largest pack, of {pack.tokens:,} tokens and {pack.patches:,} patches ({work.rows.where(pack)}), is "
         f"estimated at {estimate.total / GIB:.2f} GiB; most of it, {size / GIB:.2f} GiB, is: {term}.",
-        "Add to the command:" if helping else "No override would save more: take a larger card.",
+        add if helping else "No override would save more: take a larger card.",
         *(f"  {saving(other, estimate.total)}" for other in helping),
     ]
     return OutOfMemory("\n  ".join(lines))

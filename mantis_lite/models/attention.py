@@ -69,11 +69,20 @@ def segment_attention(
     """
     assert cu_seq_lens_q is not None and max_length_q is not None, "a batch without the boundaries of its samples"
     assert attention_mask is None and query.shape[0] == 1 and not dropout
+    query, key, value = _as_computed(query, key, value)
     if kernel == "auto":
         kernel = _best(query)
     computes = {"segment": _calls, "flex": _flex, "varlen": _varlen, "flash2": _flash2, "flash3": _flash3}
     asked = _Asked(cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return computes[kernel](query, key, value, asked), None
+
+
+def _as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the precision of autocast, where it is on: rotary positions of weights in float32 come in float32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def unavailable(kernel: str) -> str | None:

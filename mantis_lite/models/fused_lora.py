@@ -65,7 +65,7 @@ def hindrance(layer: nn.Module) -> str | None:
     base = layer.get_base_layer()
     if type(base) is not nn.Linear and not isinstance(base, Linear4bit):
         return f"on a {type(base).__name__}"
-    if base.weight.requires_grad:
+    if any(weight.requires_grad for weight in base.parameters()):  # a bias too, as PEFT's bias="lora_only" has it
         return "on weights that train"
     if layer.lora_variant:
         return "DoRA" if any(layer.use_dora.values()) else "a variant of LoRA"
@@ -92,6 +92,8 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters or self.merged or args or kwargs or len(self.active_adapters) != 1:
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = self.active_adapters
+    if name not in self.lora_A:
+        return type(self).forward(self, x)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     dropout = self.lora_dropout[name]

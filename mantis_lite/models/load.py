@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..recipe import HeadRecipe, Part, Recipe
 from .activations import keep_less
 from .adapters import HEAD, part_of
-from .attention import use_attention
+from .attention import require_attention, use_attention
 from .checkpoint import Checkpoint, unreadable
 from .family import Family
 from .head import classifier_of, labels_of
@@ -53,8 +53,9 @@ def load_model(
 
     Full fine-tuning holds its weights in float32 and computes in the working dtype. For task=classify, `config` states
     the head, a fresh one where the checkpoint has none. Raises RecipeError where the weights do not fit the
-    architecture exactly.
+    architecture exactly, or a kernel that the recipe names cannot run here.
     """
+    require_attention(recipe.memory.attention)
     dtype = dtype or weights_dtype(recipe)
     model, info = _from_pretrained(checkpoint, recipe, dtype, deepcopy(config or checkpoint.config))
     if recipe.task == "classify" and not checkpoint.has_head:

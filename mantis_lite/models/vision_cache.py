@@ -32,6 +32,7 @@ from ..recipe import Part, Recipe
 from .adapters import part_of
 from .checkpoint import Checkpoint
 from .family import Family
+from .kernels import chosen_kernels
 from .load import loader_workers, placed, weights_dtype
 
 GRID = "image_grid_thw"
@@ -176,7 +177,8 @@ class VisionCache:
             "model": self.config.to_json_string(),
             "weights": weights.hexdigest(),
             "kept": "what the tower gives to the projector" if self.projects else "what the projector gives",
-            "precision": [str(self.dtype), torch.is_autocast_enabled(base.device.type)],
+            "precision": [str(self.dtype), _autocast(base.device.type)],
+            "kernels": [kernel for kernel, why_not in chosen_kernels(self.recipe).items() if why_not is None],
             "processor": self.checkpoint.image_processor.to_json_string(),
             "media": [settings.image_splitting, settings.max_image_size, encoder.max_image_size, encoder.vision.facts],
             "versions": {"mantis_lite": __version__} | {name: version(name) for name in MAKERS},
@@ -304,6 +306,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _autocast(device: str) -> str | None:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _output_width(config: PreTrainedConfig) -> int:

@@ -21,6 +21,7 @@ from ..memory.packs import Assumed, Planned
 from ..memory.step import Pack
 from ..models.checkpoint import SMALL_FILES, Checkpoint, open_checkpoint
 from ..models.load import stated_head
+from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
 from ..recipe import ModelRecipe, Recipe, load_recipe
 
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -59,6 +60,9 @@ def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> F
     if recipe.memory.fit == "auto" and at_hand is None:
         raise RecipeError("memory.fit: auto picks for a card, and there is none here\n  Name one: --gpu 12.")
     work = work_of(recipe)
+    if recipe.memory.vision_cache != "off":  # as training would
+        require_encoder_outputs()
+        projects(work.family, work.config.model_type, trained_parts(recipe))
     choice = choose(work, recipe, at_hand) if recipe.memory.fit == "auto" and at_hand else None
     recipe = choice.recipe if choice else recipe
     known = taken(work, recipe)

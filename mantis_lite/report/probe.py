@@ -32,6 +32,17 @@ class Probe:
     figures: list[tuple[str, int, int]]
 
 
+PLAIN = (
+    "data.eval=null",
+    "eval.every=null",
+    "train.save_strategy=no",
+    "train.load_best_model_at_end=false",
+    "train.eval_on_start=false",
+    "train.report_to=none",
+)
+"""Two steps and nothing beside them."""
+
+
 def probe(recipe: Recipe) -> Probe:
     """Load the model as training does and take two steps of the largest pack, the second with the optimiser's state.
 
@@ -47,7 +58,7 @@ def probe(recipe: Recipe) -> Probe:
     only = Schedule([list(pack.members)] * 2 * each, [2 * each], each)
     with tempfile.TemporaryDirectory() as folder:
         settings = recipe.model_dump(mode="json") | {"run_dir": f"{folder}/run"}
-        run = start(make_recipe(settings, ["train.save_strategy=no", "eval.every=null"]), only=only)
+        run = start(make_recipe(settings, PLAIN), only=only)
         measured = _on_gpu(run) if gpu else [peak_on_cpu(run.trainer.model, run.walk)]
     found = estimate(work.config, recipe, pack, machine_of(recipe, each > 1, gpu), work.family)
     estimated = [found.allocated, found.allocated + found.overhead.get("gaps between tensors", 0)]
