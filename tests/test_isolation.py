@@ -220,6 +220,7 @@ def test_segment_attention_asks_for_boundaries(model_of, encoder_of, key):
 def test_what_attends_and_why_is_said(monkeypatch, name, gpu, installed, words):
     a_machine_with(monkeypatch, gpu, installed)
     assert chosen_attention(name) == words
+    assert chosen_attention("auto", use_cpu=True) == "one SDPA call a sample, as train.use_cpu says"
     require_attention(name)
 
 

@@ -361,3 +361,14 @@ def test_out_of_memory_while_loading_says_so(settings, monkeypatch):
     with pytest.raises(OutOfMemory, match=r"^out of memory while the model was loaded: CUDA out of memory") as caught:
         start(make_recipe(settings))
     assert "\n  Add to the command:\n    " in str(caught.value)
+
+
+def test_out_of_memory_while_weights_are_put_into_4_bits_says_so(settings, monkeypatch):
+    """transformers catches it there, and says that the weights cannot be converted."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("transformers.integrations.bitsandbytes.Bnb4bitQuantize.convert", full)
+    with pytest.raises(OutOfMemory, match=r"^out of memory while the model was loaded: .*CUDA out of memory"):
+        start(make_recipe(settings | {"method": "qlora"}))

@@ -111,10 +111,11 @@ def _checksum(features: Pixels) -> int:
 
 def _write(file: Path, content: bytes) -> None:
     """Write a file beside its place and rename it, so that no reader sees half of it."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as beside:
-        try:
-            beside.write(content)
-        except OSError:
-            os.unlink(beside.name)
-            raise
-    os.replace(beside.name, file)
+    descriptor, beside = tempfile.mkstemp(dir=file.parent)
+    try:
+        with open(descriptor, "wb") as opened:
+            opened.write(content)
+        os.replace(beside, file)
+    except OSError:
+        os.unlink(beside)
+        raise

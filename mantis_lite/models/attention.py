@@ -106,8 +106,10 @@ def require_attention(name: str) -> None:
         raise RecipeError(f"memory.attention: {name}, but {fault}\n  Set memory.attention=auto.")
 
 
-def chosen_attention(name: str) -> str:
+def chosen_attention(name: str, use_cpu: bool = False) -> str:
     """What the language model attends by under a recipe's `memory.attention`, and why, in words."""
+    if name == "auto" and use_cpu:
+        return f"{KERNELS['segment']}, as train.use_cpu says"
     if name == "auto":
         best = next(kernel for kernel in KERNELS if not unavailable(kernel))
         why = unavailable("flash2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -124,7 +125,16 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if full := [line for line in _noted(error) if "OutOfMemoryError" in line]:
+            raise torch.OutOfMemoryError(full[-1]) from None
         raise unreadable(f"the weights of {checkpoint.name}", error) from None
+
+
+def _noted(error: Exception) -> Iterator[str]:
+    """What went wrong with single weights: transformers catches it, and raises another error that names none."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for note in getattr(frame.f_locals.get("loading_info"), "conversion_errors", {}).values():
+            yield from note.splitlines()
 
 
 def _quantization(family: Family, recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:

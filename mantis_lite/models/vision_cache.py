@@ -152,6 +152,7 @@ class VisionCache:
             for key, found in self._opened(missing, plans):
                 if isinstance(found, SampleError):
                     broken(found)
+                    del places[key], missing[key]
                 else:
                     self.features.put(key, self._compute(base, *found))
         base.model.register_forward_pre_hook(self._read, with_kwargs=True)

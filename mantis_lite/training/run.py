@@ -71,7 +71,8 @@ class Run:
     def notices(self) -> list[str]:
         """What a user should know of the model before it trains."""
         notices = [self.checkpoint.notice] if self.checkpoint.notice else []
-        notices.append(f"attention: {chosen_attention(self.recipe.memory.attention)}")
+        use_cpu = bool(self.recipe.train.get("use_cpu"))
+        notices.append(f"attention: {chosen_attention(self.recipe.memory.attention, use_cpu)}")
         chosen = chosen_kernels(self.recipe)
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
         if adapter := self.recipe.model.adapter:
