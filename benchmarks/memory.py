@@ -341,8 +341,9 @@ def qwen() -> dict[str, Any]:
 
     finetune.py: rank 64 on every layer in float32, AdamW, layers checkpointed, all logits at once. With Int4 (GPTQ's;
     nf4 here) in float16, where the loss keeps to 16 bits, and under DeepSpeed, whose two buffers for gradients are 2e8
-    numbers each (ds_config_zero2.json, overlap_comm). Its query, key and value are one layer, three here: 17 million
-    more in adapters.
+    numbers each (ds_config_zero2.json, overlap_comm). AutoGPTQ unpacks weights by ordinary operations
+    (qlinear_cuda_old.py), so that autograd keeps those of a layer, in 16 bits, until its backward pass is done. Its
+    query, key and value are one layer, three here: 17 million more in adapters.
     """
     from mantis_lite.memory.estimate import estimate
     from mantis_lite.memory.step import Machine, Pack
@@ -355,7 +356,8 @@ def qwen() -> dict[str, Any]:
     figures = {}
     for method, points in published.items():
         machine = Machine(head="full" if method == "lora" else "full, 16 bits")
-        buffers = 0 if method == "lora" else 2 * 2 * 200_000_000
+        unpacked = 2 * 4096 * (4 * 4096 + 3 * shape["intermediate_size"])
+        buffers = 0 if method == "lora" else 2 * 2 * 200_000_000 + unpacked
         for tokens, found in points.items():
             config, recipe = of_llama(method, {"r": 64}, **shape)
             total = estimate(config, recipe, Pack(tokens, tokens, tokens), machine).total + buffers
@@ -397,7 +399,9 @@ def main() -> None:
     groups = {"cpu": cpu, "gpu": gpu, "published": published}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=list(groups), metavar="GROUP", help=", ".join(groups))
-    results.write("memory", {name: groups[name]() for name in parser.parse_args().groups})
+    file = results.FOLDER / "memory.json"
+    known = json.loads(file.read_text())["figures"] if file.is_file() else {}
+    results.write("memory", known | {name: groups[name]() for name in parser.parse_args().groups})
 
 
 if __name__ == "__main__":
