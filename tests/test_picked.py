@@ -144,6 +144,11 @@ def test_a_run_that_goes_on_keeps_to_what_was_picked(asked, tmp_path, monkeypatc
     assert again.recipe == run.recipe and again.notices[0].startswith("memory.fit: this run goes on as it was picked")
     with pytest.raises(RecipeError, match="holds a run with another packing"):
         start(make_recipe(asked, ["packing.max_length=512"]))
+    (tmp_path / "run" / "fit.json").write_text("{")
+    with pytest.raises(
+        RecipeError, match=r"fit.json is damaged, so what was picked for the run is not known: .*\n  Add"
+    ):
+        start(make_recipe(asked))
 
 
 def test_the_command_shows_what_it_would_pick(llava_folder):

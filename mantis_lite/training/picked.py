@@ -47,11 +47,20 @@ def settle(work: Work, recipe: Recipe, gpu: float | None = None) -> Settled | No
 
 
 def as_started(recipe: Recipe) -> Recipe:
-    """The recipe of a stopped run that goes on, with what was picked when it was started; any other as it is."""
+    """The recipe of a stopped run that goes on, with what was picked when it was started; any other as it is.
+
+    Raises RecipeError where that cannot be read.
+    """
     file = recipe.run_dir / FILE
     if recipe.memory.fit == "off" or not (file.is_file() and get_last_checkpoint(str(recipe.run_dir))):
         return recipe
-    kept = json.loads(file.read_text())
+    try:
+        kept = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        found = f"{file} is damaged, so what was picked for the run is not known: {error}"
+        raise RecipeError(
+            f"run_dir: {found}\n  Add --from-scratch, or go on with {recipe.run_dir}/recipe.yaml."
+        ) from None
     same = kept["asked"] == recipe.model_dump(mode="json")
     return changed(recipe, " ".join(["memory.fit=off", *(kept["picked"] if same else ())]))
 
