@@ -166,9 +166,7 @@ def test_the_measurements_that_are_written_down_hold_to_their_bounds():
     assert len(RESULTS["cpu"]["cases"]) >= 12 and RESULTS["cpu"]["mean_absolute_error"] <= 0.05
     assert RESULTS["gpu"]["largest"] <= 0.03
     for name, point in RESULTS["published"]["points"].items():
-        # The one that is not of this package's kind: GPTQ in float16 under DeepSpeed.
-        low, high = (-0.14, 0.15) if name.startswith("H7, qlora") else (-0.08, 0.15)
-        assert low <= point["error"] <= high, name
+        assert -0.08 <= point["error"] <= 0.15, name
 
 
 def test_settings_take_less_in_the_order_one_expects():
