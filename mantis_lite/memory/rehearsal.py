@@ -7,8 +7,9 @@ what a GPU does otherwise than a CPU is stood in for (`standins.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 from unittest.mock import patch
@@ -21,8 +22,8 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from ..models.activations import checkpoint_layers, tile_loss, tile_mlps
 from ..models.attention import use_attention
-from ..models.fused_lora import fuse_lora, hindrance
-from ..models.kernels import kernel_of, turn_by
+from ..models.fused_lora import fuse_lora
+from ..models.kernels import bind_layers, turn_by
 from ..recipe import Kernel
 from . import standins
 from .ledger import BLOCK, Ledger
@@ -90,15 +91,13 @@ def _decoder(base: Any) -> PreTrainedModel:
 
 def _fuse(base: nn.Module, kernels: Collection[Kernel]) -> None:
     """What stands in for the kernels; LoRA's product is computed as it is."""
-    for module in list(base.modules()):
-        kernel = kernel_of(module)
-        if kernel is not None and kernel in kernels and hindrance(module) is None:
-            if kernel == "lora":
-                fuse_lora(module)
-            elif kernel == "rope":
-                turn_by(standins.rotate, module)
-            else:
-                module.forward = MethodType(standins.LAYERS[kernel], module)
+    bind: dict[str, Callable] = {name: partial(_stand_in, forward) for name, forward in standins.LAYERS.items()}
+    bind |= {"lora": fuse_lora, "rope": partial(turn_by, standins.rotate)}
+    bind_layers(base, {kernel: bind[kernel] for kernel in kernels})
+
+
+def _stand_in(forward: Callable, module: Any) -> None:
+    module.forward = MethodType(forward, module)
 
 
 def _fill(model: nn.Module, machine: Machine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.util import find_spec
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple, get_args
@@ -49,18 +49,33 @@ def chosen_kernels(recipe: Recipe) -> dict[Kernel, str | None]:
     return {name: missing[name] if name in wanted else "switched off" for name in KERNELS}
 
 
+def used_kernels(recipe: Recipe) -> list[Kernel]:
+    """The kernels that are used under a recipe here. Raises RecipeError as `chosen_kernels` does."""
+    return [kernel for kernel, why_not in chosen_kernels(recipe).items() if why_not is None]
+
+
 def fuse(model: nn.Module, kernels: Collection[Kernel]) -> None:
     """Let the layers that these kernels can compute do so; weights and names stay as they are.
 
     A layer is known by what it is, not by the model's name, so that a Llama or Mistral within another model counts.
     Only this model changes: Liger's own patches change transformers' classes for the whole process.
     """
-    if not kernels:
-        return
-    bind = _binders(kernels)
+    bind: dict[Kernel, Callable[[Any], None]] = {
+        "lora": fuse_lora,
+        "rms_norm": _rms_norm,
+        "rope": _rope,
+        "swiglu": _swiglu,
+        "layer_norm": _layer_norm,
+        "relu_squared": _relu_squared,
+    }
+    bind_layers(model, {kernel: bind[kernel] for kernel in kernels})
+
+
+def bind_layers(model: nn.Module, bind: Mapping[Kernel, Callable[[Any], None]]) -> None:
+    """Change each layer that a kernel could compute as `bind` has it for that kernel, where there is no hindrance."""
     for module in list[Any](model.modules()):
         kernel = kernel_of(module)
-        if kernel in bind and hindrance(module) is None:
+        if kernel is not None and kernel in bind and hindrance(module) is None:
             bind[kernel](module)
             module.computed_by = kernel
 
@@ -113,14 +128,6 @@ def _missing_liger(recipe: Recipe) -> str | None:
     if recipe.train.get("use_cpu"):
         return "train.use_cpu"
     return None if find_spec("liger_kernel") else "needs pip install 'mantis-lite[gpu]'"
-
-
-def _binders(kernels: Collection[Kernel]) -> dict[Kernel, Callable[[Any], None]]:
-    bind: dict[Kernel, Callable] = {"lora": fuse_lora}
-    if set(kernels) - {"lora"}:
-        bind |= {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu}
-        bind |= {"layer_norm": _layer_norm, "relu_squared": _relu_squared}
-    return {name: bind[name] for name in kernels}
 
 
 # Liger is imported where it is used: it and Triton take seconds, and both are extras.

@@ -24,7 +24,7 @@ from .attention import require_attention, use_attention
 from .checkpoint import Checkpoint, unreadable
 from .family import Family
 from .head import classifier_of, labels_of
-from .kernels import chosen_kernels, fuse
+from .kernels import fuse, used_kernels
 
 
 def working_dtype() -> torch.dtype:
@@ -71,7 +71,7 @@ def load_model(
     if recipe.quantized:
         _check_quantized(model, checkpoint.family, recipe)
     checkpoint.family.adapt(model)
-    fuse(model, [kernel for kernel, why_not in chosen_kernels(recipe).items() if why_not is None])
+    fuse(model, used_kernels(recipe))
     keep_less(model, recipe.memory)
     use_attention(model, recipe.memory.attention)
     return model

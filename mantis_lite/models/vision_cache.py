@@ -32,7 +32,7 @@ from ..recipe import Part, Recipe
 from .adapters import part_of
 from .checkpoint import Checkpoint
 from .family import Family
-from .kernels import chosen_kernels
+from .kernels import used_kernels
 from .load import loader_workers, placed, weights_dtype
 
 GRID = "image_grid_thw"
@@ -179,7 +179,7 @@ class VisionCache:
             "weights": weights.hexdigest(),
             "kept": "what the tower gives to the projector" if self.projects else "what the projector gives",
             "precision": [str(self.dtype), _autocast(base.device.type)],
-            "kernels": [kernel for kernel, why_not in chosen_kernels(self.recipe).items() if why_not is None],
+            "kernels": used_kernels(self.recipe),
             "processor": self.checkpoint.image_processor.to_json_string(),
             "media": [settings.image_splitting, settings.max_image_size, encoder.max_image_size, encoder.vision.facts],
             "versions": {"mantis_lite": __version__} | {name: version(name) for name in MAKERS},

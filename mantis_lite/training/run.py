@@ -158,7 +158,6 @@ def start(
     settled = settle(work, recipe, gpu)
     if settled is not None:
         recipe = settled.recipe
-        kernels = chosen_kernels(recipe)
         packs = only or schedule(prepared.train, recipe.packing, recipe.train)
     if prepared.labels is not None and not from_scratch:
         _refuse_other_labels(recipe.run_dir, prepared.labels)
