@@ -25,7 +25,9 @@ def samples_of(count: int = 40) -> Samples:
     """Lengths alone: from 10 to 49 tokens, in no order."""
     zeros = np.zeros(count, dtype=np.int64)
     lengths = np.stack([10 + np.random.default_rng(0).permutation(count) % 40, zeros], axis=1)
-    return Samples(rows=[], weights=[1.0], source=zeros, row=np.arange(count), lengths=lengths, images=zeros)
+    return Samples(
+        rows=[], weights=[1.0], source=zeros, row=np.arange(count), lengths=lengths, images=zeros, digest=zeros
+    )
 
 
 SAMPLES = samples_of()

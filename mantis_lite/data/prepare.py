@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
+from .digest import digest
 from .encode import Encoder
 from .labels import Labels, RowLabels, first_named, label_notices, name_labels, read_labels
 from .lengths import LengthCache, Measured, content_key
@@ -31,8 +32,9 @@ MAX_REJECTED = 0.01
 class Samples(Sequence[Sample]):
     """The accepted samples of all sources, parsed when they are asked for.
 
-    lengths (S, 2), tokens and patches; images (S,), pictures; source (S,) and row (S,) say where each stands; weights
-    (sources,). targets (S, L) float32, or (S,) int64 classes, where samples have labels to be told.
+    lengths (S, 2), tokens and patches; images (S,), pictures; source (S,) and row (S,) say where each stands, digest
+    (S,) int64 what is in it; weights (sources,). targets (S, L) float32, or (S,) int64 classes, where samples have
+    labels to be told.
     """
 
     rows: list[Rows]
@@ -41,6 +43,7 @@ class Samples(Sequence[Sample]):
     row: np.ndarray
     lengths: np.ndarray
     images: np.ndarray
+    digest: np.ndarray
     targets: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -56,6 +59,7 @@ class Samples(Sequence[Sample]):
             row=self.row[indices],
             lengths=self.lengths[indices],
             images=self.images[indices],
+            digest=self.digest[indices],
             targets=None if self.targets is None else self.targets[indices],
         )
 
@@ -169,9 +173,9 @@ def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitEr
 
 
 def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: list[tuple[int, ...]]) -> Samples:
-    table = np.array(kept, dtype=np.int64).reshape(-1, 5)
+    table = np.array(kept, dtype=np.int64).reshape(-1, 6)
     rows, weights = [rows for _, rows in opened], [spec.weight for spec, _ in opened]
-    return Samples(rows, weights, table[:, 0], table[:, 1], table[:, 2:4], table[:, 4])
+    return Samples(rows, weights, table[:, 0], table[:, 1], table[:, 2:4], table[:, 4], table[:, 5])
 
 
 @contextmanager
@@ -259,7 +263,7 @@ class _Reader:
         return _Chunk(samples, keys, lengths, unknown, measured)
 
     def _finish(self, source: int, chunk: _Chunk, kept: list[tuple[int, ...]], labels: list[RowLabels]) -> None:
-        """Add the rows of a chunk that can be trained on: source, row, tokens, patches, images; and their labels."""
+        """Add a chunk's rows that can be trained on: source, row, tokens, patches, images, digest; and their labels."""
         for at, measured in zip(chunk.unknown, chunk.measured(), strict=True):
             if isinstance(measured, SampleError):
                 self._reject(measured)
@@ -271,7 +275,7 @@ class _Reader:
                 self.prepared.notices.update(sample.notices)
                 if self.task != "chat":
                     self.prepared.notices.update(self.encoder.frames.notices(sample, length.images))
-                kept.append((source, i, *length))
+                kept.append((source, i, *length, digest(sample)))
                 if of_row is not None:
                     labels.append(of_row)
 
