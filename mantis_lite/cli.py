@@ -173,8 +173,11 @@ def copy_recipe(
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and its own exit code."""
     from .errors import MantisError
+    from .secrets import refuse_secrets
 
     try:
+        for at, word in enumerate(sys.argv):
+            refuse_secrets(word, f"word {at} of the command line")
         app()
     except MantisError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)

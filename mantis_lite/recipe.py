@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from .conflicts import conflicts
 from .errors import RecipeError
+from .secrets import refuse_secrets
 
 Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
@@ -39,7 +40,6 @@ REFUSED = {
     "per_device_eval_batch_size": "a pack is the batch; size it with packing.max_length",
     "output_dir": "the run's folder is run_dir",
     "remove_unused_columns": "the batch is made by the package, and nothing in it is unused",
-    "hub_token": "a token does not belong in a recipe, which is saved with the run; log in with `hf auth login`",
     "gradient_checkpointing": "set memory.checkpointing",
     "gradient_checkpointing_kwargs": "set memory.checkpointing",
     "optim": "set memory.optimizer",
@@ -54,6 +54,14 @@ REFUSED = {
     "do_predict": "there is nothing to predict on",
     "deepspeed": "set launch.strategy",
     "fsdp": "set launch.strategy",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "a run pushes nothing while it trains; afterwards `hf upload --private user/name RUN_DIR/adapter` does",
+    ),
+    **dict.fromkeys(
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        "trackio keeps the run on this machine; what it makes of it on the hub, it makes public",
+    ),
 }
 
 STEP_SIZES = ("tokens_per_step", "samples_per_step", "gradient_accumulation_steps")
@@ -229,9 +237,14 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = (), unstated: str |
 
 def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
     """Check a nested mapping of settings, with `key=value` overrides, and return the Recipe; raises RecipeError."""
+    refuse_secrets(settings, where)
     settings = _expand(dict(settings), where)
     for override in overrides:
-        top = _expand(_parse_override(override), override)
+        key, _, text = override.partition("=")
+        refuse_secrets({key: text}, "an override")  # before it is read, and what is wrong with it said
+        parsed = _parse_override(override)
+        refuse_secrets(parsed, "an override")
+        top = _expand(parsed, override)
         if isinstance(top.get("train"), dict) and set(STEP_SIZES) & set(top["train"]):
             settings = _merge(settings, {"train": dict.fromkeys(STEP_SIZES)})  # one size of a step replaces another
         settings = _merge(settings, top)
@@ -283,8 +296,10 @@ def _yaml() -> YAML:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    text = path.read_text()
+    refuse_secrets(text, str(path))
     try:
-        settings = _yaml().load(path.read_text())
+        settings = _yaml().load(text)
     except YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from None
     if not isinstance(settings, dict):

@@ -166,7 +166,6 @@ def test_mistakes_are_named(settings, message):
         ),
         ({"train": {"output_dir": "x"}}, "train.output_dir: not set here: the run's folder is run_dir"),
         ({"train": {"optim": "sgd"}}, "train.optim: not set here: set memory.optimizer"),
-        ({"train": {"hub_token": "x"}}, "train.hub_token: not set here: a token does not belong"),
         ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing: not set here: set memory.ch"),
         ({"train": {"deepspeed": "x"}}, "train.deepspeed: not set here: set launch.strategy"),
         (

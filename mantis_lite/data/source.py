@@ -18,6 +18,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from ..errors import DataError, SampleError
 from ..recipe import SourceRecipe, Task
+from ..secrets import refuse_secrets
 from .sample import Sample
 from .schema import parse
 
@@ -128,11 +129,15 @@ def open_source(spec: SourceRecipe, task: Task = "chat") -> Rows:
 
 
 def expand(path: str, task: Task = "chat") -> list[dict[str, Any]]:
-    """The sources that a Mantis data_config.yaml lists for a task, as SourceRecipe's fields; raises DataError."""
+    """The sources that a Mantis data_config.yaml lists for a task, as SourceRecipe's fields.
+
+    Raises DataError, and RecipeError for a token in it.
+    """
     try:
         config = YAML(typ="safe", pure=True).load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise _fault(path, f"cannot be read: {_line(error)}", "Give a data_config.yaml.") from None
+    refuse_secrets(config, path)
     entries = config.get("data") if isinstance(config, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
         raise _fault(path, "no list of sources", "Write them under `data:`, each with a path and format.")
