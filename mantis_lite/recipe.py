@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -17,8 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from .conflicts import conflicts
-from .errors import RecipeError
+from .errors import RecipeError, one_line
 from .secrets import refuse_secrets
+from .yaml_text import load_yaml, read_text
 
 Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
@@ -289,19 +289,19 @@ def find_recipe(name: str) -> Path:
 
 
 def _yaml() -> YAML:
-    yaml: Any = YAML(typ="safe", pure=True)  # YAML 1.2: `off` and `no` stay strings, `1e-4` is a number
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     return yaml
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    text = path.read_text()
-    refuse_secrets(text, str(path))
     try:
-        settings = _yaml().load(text)
-    except YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
+        text = read_text(path)
+        refuse_secrets(text, str(path))
+        settings = load_yaml(text)
+    except (OSError, YAMLError) as error:
+        raise RecipeError(f"{path}: not YAML: {one_line(error)}\n  Mend the recipe there.") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, found {type(settings).__name__}")
     return settings
@@ -314,7 +314,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not text.strip() or re.search(r"\s#", text):
         return _nested(key, text)  # no text at all, or a sentence with what YAML would take for a comment
     try:
-        value = _yaml().load(io.StringIO(text))
+        value = load_yaml(text)
     except YAMLError:
         value = text  # a path or sentence with YAML's own characters in it
     if isinstance(value, dict) and not text.lstrip().startswith("{"):

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import YAMLError
 
 from ..errors import DataError, SampleError
 from ..recipe import SourceRecipe, Task
 from ..secrets import refuse_secrets
+from ..yaml_text import load_yaml, read_text
 from .sample import Sample
 from .schema import parse
 
@@ -134,8 +135,10 @@ def expand(path: str, task: Task = "chat") -> list[dict[str, Any]]:
     Raises DataError, and RecipeError for a token in it.
     """
     try:
-        config = YAML(typ="safe", pure=True).load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        text = read_text(Path(path))
+        refuse_secrets(text, path)
+        config = load_yaml(text)
+    except (OSError, YAMLError) as error:
         raise _fault(path, f"cannot be read: {_line(error)}", "Give a data_config.yaml.") from None
     refuse_secrets(config, path)
     entries = config.get("data") if isinstance(config, dict) else None
