@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,8 @@ from ..errors import DataError, SampleError
 from ..recipe import SourceRecipe, Task
 from ..secrets import refuse_secrets
 from ..yaml_text import load_yaml, read_text
+from .columns import Fault
+from .lines import Lines
 from .sample import Sample
 from .schema import parse
 
@@ -70,12 +69,11 @@ class Rows:
 
     def row(self, i: int) -> dict[str, Any]:
         """The row as it was written; raises SampleError for one that is not a JSON object."""
-        row = self._records[int(self.selected[i])]
         try:
-            row = row if self._decode is None else self._decode(row)
-        except ValueError as error:  # not JSON, or not UTF-8
-            found = f"the line is not JSON: {error}".replace("line 1 column", "column")
-            raise SampleError(self.where(i), found, "Each line is one whole JSON object.") from None
+            row = self._records[int(self.selected[i])]
+        except Fault as fault:
+            raise SampleError(self.where(i), fault.found, fault.remedy) from None
+        row = row if self._decode is None else self._decode(row)
         if not isinstance(row, dict):
             found = f"the row is a {type(row).__name__}, not an object"
             raise SampleError(self.where(i), found, 'Give {"images": [...], "messages": [...]}.')
@@ -188,39 +186,21 @@ def _refuse(spec: SourceRecipe, *settings: str) -> None:
             raise _fault(spec.path, f"{setting}={value} has no effect on it", f"Remove {setting}.")
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise _fault(path, f"cannot be read: {error}", "Make the file again.") from None
-
-
 def _open_file(path: Path, spec: SourceRecipe) -> Rows:
     _refuse(spec, "name", "split", "revision")
     if path.name.endswith(".parquet"):
         return _arrow(path.name, path.parent, _read_parquet([path]))
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.name.endswith(SUFFIXES):
         return _open_lines(path)
-    if path.name.endswith((".json", ".json.gz")):
-        return _open_json(path)
     raise _fault(path, "not a kind of file that holds rows", f"Those are: {', '.join(SUFFIXES)}.")
 
 
-def _open_json(path: Path) -> Rows:
-    try:
-        rows = json.loads(_read(path))
-    except ValueError as error:  # not JSON, or not UTF-8
-        remedy = "If each line is a row, name it .jsonl." if "Extra data" in str(error) else "Mend it there."
-        raise _fault(path, f"not JSON: {error}", remedy) from None
-    if not isinstance(rows, list):
-        raise _fault(path, f"a {type(rows).__name__}, not a list of rows", "Write it as [{...}, {...}].")
-    return Rows(path.name, path.parent, rows)
-
-
 def _open_lines(path: Path) -> Rows:
-    lines = _read(path).split(b"\n")
-    numbers = [number for number, line in enumerate(lines, 1) if line and not line.isspace()]
-    return Rows(path.name, path.parent, [lines[number - 1] for number in numbers], json.loads, numbers)
+    try:
+        lines = Lines(path)
+    except Fault as fault:
+        raise _fault(path, fault.found, fault.remedy) from None
+    return Rows(path.name, path.parent, lines, numbers=lines.numbers)
 
 
 def _open_folder(path: Path, spec: SourceRecipe) -> Rows:
