@@ -39,10 +39,18 @@ class Case:
 
 
 def write(folder: Path) -> list[Case]:
-    """Make all files below a folder; the rows' paths start there. They suit task=video, which takes pictures as well."""
+    """Make all files below a folder, where the rows' paths start; they suit task=video, which takes pictures too."""
+    return [*write_pictures(folder), *write_clips(folder)]
+
+
+def write_pictures(folder: Path) -> list[Case]:
     (folder / "pictures").mkdir(parents=True)
-    (folder / "clips").mkdir()
-    return [*_sound_pictures(folder), *_bad_pictures(folder), *_clips(folder)]
+    return [*_sound_pictures(folder), *_bad_pictures(folder)]
+
+
+def write_clips(folder: Path) -> list[Case]:
+    (folder / "clips").mkdir(parents=True)
+    return [*_sound_clips(folder), *_bad_clips(folder)]
 
 
 def write_rows(cases: list[Case], file: Path) -> None:
@@ -71,10 +79,20 @@ def turned(orientation: int) -> PIL.Image.Exif:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says it has this size, with the pixels of another."""
-    found = bytearray(saved(PIL.Image.fromarray(noise())))
-    found[16:24] = struct.pack(">II", width, height)
-    found[29:33] = struct.pack(">I", zlib.crc32(found[12:29]))
-    return bytes(found)
+    return png(noise().tobytes(), width, height, 8, 2)
+
+
+def png(pixels: bytes, width: int, height: int, bits: int, kind: int) -> bytes:
+    """A PNG of `kind` 0 for greys or 2 for colours, its numbers big endian."""
+    row = len(pixels) // max(1, height)
+    rows = b"".join(b"\0" + pixels[at * row : (at + 1) * row] for at in range(height if row else 0))
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    packed = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def tiff(pixels: bytes, width: int, height: int, bits: int, white: int = 1, kind: int = 1) -> bytes:
@@ -143,7 +161,7 @@ def deep(kind: str = "<u2") -> PIL.Image.Image:
 
 
 def _bad_pictures(folder: Path) -> Iterator[Case]:
-    rgb = PIL.Image.fromarray(noise(200, 300))
+    rgb = PIL.Image.fromarray(noise(300, 200))
     floats = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
     yield _picture(folder, "float.tif", saved(PIL.Image.fromarray(floats), "TIFF"), "mode F")
     wide = PIL.Image.fromarray(np.full((20, 20), 70_000, np.int32))
@@ -158,46 +176,63 @@ def _bad_pictures(folder: Path) -> Iterator[Case]:
     yield _picture(folder, "no-width.png", png_header(0, 30), "cannot be read")
     yield _picture(folder, "cut.jpg", saved(rgb, "JPEG")[:20_000], "truncated", late=True)
     yield _picture(folder, "cut.png", saved(rgb)[:90_000], "truncated", late=True)
-    yield _picture(folder, "cut.webp", saved(rgb, "WEBP", lossless=True)[:60_000], "cannot be read", late=True)
+    yield _picture(folder, "cut.webp", saved(rgb, "WEBP", lossless=True)[:60_000], "could not create decoder object")
     yield _picture(folder, "cut.gif", saved(rgb, "GIF")[:20_000], "truncated", late=True)
     yield _picture(folder, "empty.jpg", b"", "not a JPEG")
     yield _picture(folder, "page.jpg", HTML, "not a JPEG")
     yield _picture(folder, "other.ppm", saved(rgb, "PPM"), "not a JPEG")
     yield _picture(folder, "icon.png", saved(rgb, "ICO"), "not a JPEG")
+    late_xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><x tiff:Orientation="6"/></x:xmpmeta>'
+    yield _picture(folder, "xmp.tif", saved(rgb, "TIFF", tiffinfo={700: late_xmp}), "its header says", late=True)
     yield _picture(folder, "missing.jpg", None, "no such file")
 
 
-def _clip(folder: Path, name: str, *said: Any, **more: Any) -> Case:
+def _clip(name: str, *said: Any, **more: Any) -> Case:
     """A row with the clip of this name."""
     return Case(name, {"id": name, "video": f"clips/{name}", "conversation": _turns("<video>")}, *said, **more)
 
 
-def _clips(folder: Path) -> Iterator[Case]:
+def _sound_clips(folder: Path) -> Iterator[Case]:
     place = folder / "clips"
-    milli = Fraction(1, 1000)
-    make(
-        place / "uneven.mp4", time_base=milli, stamps=[0, 40, 50, 400, 1000, 1010] + [2000 + 33 * k for k in range(24)]
-    )
-    yield _clip(folder, "uneven.mp4")
+    uneven = [0, 40, 50, 400, 1000, 1010, *range(2000, 2800, 33)]
+    make(place / "uneven.mp4", frames=len(uneven), time_base=Fraction(1, 1000), stamps=uneven)
     make(place / "turned.mp4", rotation=90)
-    yield _clip(folder, "turned.mp4")
     make(place / "no-duration.mkv", muxer={"live": "1"})
-    yield _clip(folder, "no-duration.mkv")
     make(place / "whole.mp4").rename(place / "other-kind.avi")
-    yield _clip(folder, "other-kind.avi")
+    yield from (_clip(name) for name in ("uneven.mp4", "turned.mp4", "no-duration.mkv", "other-kind.avi"))
+
+
+def _bad_clips(folder: Path) -> Iterator[Case]:
+    place = folder / "clips"
     make(place / "no-frames.mp4", frames=0)
-    yield _clip(folder, "no-frames.mp4", "is empty (0 frames)")
+    yield _clip("no-frames.mp4", "is empty (0 frames)")
     make_sound(place / "sound.mp4")
-    yield _clip(folder, "sound.mp4", "has no pictures, only sound")
+    yield _clip("sound.mp4", "has no pictures, only sound")
     whole = make(place / "cut.mp4", frames=60, muxer={"movflags": "faststart"}).read_bytes()
     (place / "cut.mp4").write_bytes(whole[: len(whole) * 7 // 10])
-    yield _clip(folder, "cut.mp4", "ends after", late=True)
-    (place / "no-index.mp4").write_bytes(make(place / "no-index.mp4").read_bytes()[:2000])
-    yield _clip(folder, "no-index.mp4", "not a video, or damaged")
+    yield _clip("cut.mp4", "ends after", late=True)
+    (place / "ten-hours.mp4").write_bytes(ten_hours(make(place / "ten-hours.mp4").read_bytes()))
+    yield _clip("ten-hours.mp4", "ends after 1.2 s of 36000", late=True)
+    make(place / "huge.mkv", "mjpeg", frames=1, size=(8_000, 6_400))
+    yield _clip("huge.mkv", "8,000 x 6,400 pixels")
+    make(place / "thread.mkv", "mjpeg", frames=1, size=(6_400, 16))
+    yield _clip("thread.mkv", "6,400 x 16 pixels")
+    (place / "no-index.mp4").write_bytes(make(place / "no-index.mp4").read_bytes()[:2_000])
+    yield _clip("no-index.mp4", "not a video, or damaged")
     for name, content in (("empty.mp4", b""), ("page.mp4", HTML), ("noise.mp4", noise(200, 300).tobytes())):
         (place / name).write_bytes(content)
-        yield _clip(folder, name, "not a video, or damaged")
-    yield _clip(folder, "missing.mp4", "no such file")
+        yield _clip(name, "not a video, or damaged")
+    yield _clip("missing.mp4", "no such file")
+
+
+def ten_hours(mp4: bytes) -> bytes:
+    """The clip with all its headers saying that it lasts 10 hours."""
+    found = bytearray(mp4)
+    for name, at in ((b"mvhd", 12), (b"mdhd", 12)):
+        begin = mp4.index(name) + 4
+        (scale,) = struct.unpack_from(">I", mp4, begin + at)
+        struct.pack_into(">I", found, begin + at + 4, 36_000 * scale)
+    return bytes(found)
 
 
 if __name__ == "__main__":

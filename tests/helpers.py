@@ -62,6 +62,21 @@ def by_size(template: str = "llama_3", **settings) -> Encoder:
     return Encoder(tokenizer(template), TEMPLATES[template], vision, **settings)
 
 
+def golden_pictures() -> dict[str, bytes]:
+    """The pictures that upstream was recorded with, by their files' names.
+
+    A transparent one is without that, as upstream dropped it; here such a picture stands on white.
+    """
+    with np.load(SHARED / "golden/images.npz") as files:
+        found = {Path(name).name: files[name].tobytes() for name in files}
+    for name, content in found.items():
+        picture = PIL.Image.open(io.BytesIO(content))
+        if picture.has_transparency_data:
+            picture.convert("RGB").save(file := io.BytesIO(), "PNG")
+            found[name] = file.getvalue()
+    return found
+
+
 def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
     """A random LLaVA: a SigLIP tower of three layers, of which two are read, and a Llama with grouped heads."""
     tokens = tokenizer()

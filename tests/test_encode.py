@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mantis_lite.data.encode import IGNORE, Encoder, Score
 from mantis_lite.data.frames import Frames
+from mantis_lite.data.lengths import Measured
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.data.schema import parse
 from mantis_lite.data.template import MLLAVA_V1
@@ -69,7 +70,7 @@ def test_measure_is_the_length_of_encode(name, sample, system, max_size):
     encoded = encoder.encode(sample)
     sizes = sizes_of(encoded)
     patches = sum(BY_SIZE.patches(tuple(size)) for size in sizes)
-    assert encoder.measure([sample]) == [(len(encoded), patches, len(sample.images))]
+    assert encoder.measure([sample]) == [Measured(len(encoded), patches, len(sample.images))]
     assert len(encoded.labels) == len(encoded.input_ids) and len(sizes) == len(sample.images)
     on = encoded.labels != IGNORE
     assert (encoded.labels[on] == encoded.input_ids[on]).all()
@@ -125,7 +126,7 @@ def test_real_rows(name):
     for sample, length in zip(rows, lengths, strict=True):
         encoded = encoder.encode(sample)
         positions = (size // 14) ** 2 + ("clip" in name)
-        assert length == (len(encoded), positions * len(sample.images), len(sample.images))
+        assert length == Measured(len(encoded), positions * len(sample.images), len(sample.images))
         trained = [run.strip() for run in trained_runs(encoder, encoded)]
         assert trained == [answer.strip() + encoder.template.end for answer in answers(sample)]
 
@@ -163,7 +164,7 @@ def test_a_broken_picture_is_named_and_the_others_are_measured():
     good, bad = (parse(chat("x", "y", images=(1,)), f"a:{at}", Path()) for at in (1, 2))
     bad = replace(bad, turns=(Turn("user", (Image(b"no picture"),)), bad.turns[1]))
     first, error, last = encoder.measure([good, bad, good])
-    assert first == last == (len(encoder.encode(good)), first.patches, 1)
+    assert first == last == Measured(len(encoder.encode(good)), first.patches, 1)
     assert isinstance(error, SampleError) and error.where == "a:2"
     with pytest.raises(SampleError, match="a:2"):
         encoder.encode(bad)

@@ -23,6 +23,7 @@ from transformers import AutoImageProcessor
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
+from mantis_lite.data.lengths import Measured
 from mantis_lite.data.media import open_image
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.data.schema import parse
@@ -249,7 +250,7 @@ def test_a_literal_mark_in_a_text_only_row_stays_text(model_of, encoder_of, fami
     encoded = encoder.encode(sample)
     assert encoder.token_id(encoder.vision.placeholder) not in encoded.input_ids
     assert "HTML has <image>" in encoder.tokenizer.decode(encoded.input_ids.tolist())
-    assert not encoded.pixels and encoder.measure([sample])[0] == (len(encoded), 0, 0)
+    assert not encoded.pixels and encoder.measure([sample])[0] == Measured(len(encoded), 0, 0)
     assert logits_of(model_of(family), collate([encoded])).isfinite().all()
 
 
@@ -269,13 +270,14 @@ def test_text_that_a_tokenizer_cannot_tell_from_a_token_is_an_error(encoder_of, 
 
 
 def test_a_shape_no_family_member_takes_is_an_error_of_the_row(encoder_of):
-    sample = Sample("rows:1", None, (Turn("user", (noise(4000, 16), "?")), Turn("assistant", ("x",))))
-    encoder = encoder_of("qwen2_vl")
+    """No picture is longer than 200 times its other side, but one that is scaled, where that side is rounded down."""
+    sample = Sample("rows:1", None, (Turn("user", (noise(4000, 20), "?")), Turn("assistant", ("x",))))
+    encoder = replace(encoder_of("qwen2_vl"), max_image_size=3999)
     (measured,) = encoder.measure([sample])
     with pytest.raises(SampleError) as caught:
         encoder.encode(sample)
     for error in (measured, caught.value):
-        assert str(error).startswith("rows:1: a picture of 4000 x 16 pixels: absolute aspect ratio must be smaller")
+        assert str(error).startswith("rows:1: a picture of 3999 x 19 pixels: absolute aspect ratio must be smaller")
 
 
 @pytest.mark.parametrize("name", ["llava", "fuyu", "qwen2_vl"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, recipe
+from helpers import SHARED, golden_pictures, recipe
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -55,8 +55,7 @@ def opened():
 
 @pytest.fixture(scope="module")
 def pictures():
-    with np.load(GOLDEN / "images.npz") as files:
-        return {Path(name).name: files[name].tobytes() for name in files}
+    return golden_pictures()
 
 
 def sample_of(record: dict, pictures: dict[str, bytes]) -> Sample:

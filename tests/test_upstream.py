@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from families import FAMILIES
-from helpers import SHARED, chat, recipe
+from helpers import SHARED, chat, golden_pictures, recipe
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -424,8 +423,7 @@ def base():
 def batches(base, trace):
     """The samples of the five steps; upstream cut the last of them at 200 tokens, its pictures counting one each."""
     records = json.loads((GOLDEN / "forward" / "mllava_siglip_llama3.json").read_text())["cases"]
-    with np.load(GOLDEN / "images.npz") as files:
-        pictures = {Path(name).name: files[name].tobytes() for name in files}
+    pictures = golden_pictures()
 
     def part(found):
         return Image(pictures[found.source.name]) if isinstance(found, Image) else found

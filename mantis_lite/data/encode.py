@@ -198,15 +198,16 @@ class Encoder:
             return error
 
     def _pictures_length(self, sample: Sample) -> Measured | SampleError:
-        tokens = patches = 0
+        tokens = patches = cut = 0
         try:
             for image in sample.images:
-                size = media.size(image, sample, self.max_image_size)
+                size, more = media.header(image, sample, self.max_image_size)
                 tokens += len(self._picture_ids(sample, size))
                 patches += self.vision.patches(size)
+                cut += more
         except SampleError as error:
             return error
-        return Measured(tokens, patches, len(sample.images))
+        return Measured(tokens, patches, len(sample.images), cut)
 
     def _picture_ids(self, sample: Sample, size: Size) -> np.ndarray:
         try:

@@ -15,6 +15,7 @@ from ..errors import SampleError
 from ..recipe import MediaRecipe
 from . import media as pictures
 from .clips import ClipError, Clips, Header
+from .lengths import Measured
 from .sample import Frame, Image, Sample, Turn, Video
 
 
@@ -32,7 +33,7 @@ class Frames:
     @property
     def facts(self) -> str:
         """Names everything that a sample's layout depends on, for the cache of lengths."""
-        return repr((self.media, self.gap))
+        return repr((self.media, self.gap, pictures.RULES))
 
     def lay_out(self, sample: Sample) -> Sample:
         """The sample with each clip's frames in its place; as it is where it has no clip. Raises SampleError."""
@@ -46,12 +47,14 @@ class Frames:
             turns.append(Turn(turn.role, tuple(content)))
         return replace(sample, turns=tuple(turns))
 
-    def notices(self, sample: Sample, images: int) -> Iterator[str]:
-        """What of the recipe could not be had of a sample that came to so many pictures."""
+    def notices(self, sample: Sample, length: Measured) -> Iterator[str]:
+        """What is not taken of a sample's pictures and clips, and what of the recipe could not be had."""
+        if length.cut:
+            yield "a picture has more behind it, as an animation has: only the first was taken"
         if not sample.videos:
             return
         asked = self.media.num_frames or 0
-        if self.media.sampling == "uniform" and images < len(sample.images) + len(sample.videos) * asked:
+        if self.media.sampling == "uniform" and length.images < len(sample.images) + len(sample.videos) * asked:
             yield "a clip has fewer frames than media.num_frames: all were taken"
         if self.media.fps and any(_are_pictures(video) for video in sample.videos):
             yield "frames that are pictures have no times: media.max_frames of them were taken, whatever media.fps is"

@@ -15,14 +15,18 @@ from .sample import Image, Sample, Video
 
 
 class Measured(NamedTuple):
-    """What a sample comes to: tokens of the language model, positions of the vision tower, and pictures."""
+    """What a sample comes to: tokens of the language model, positions of the vision tower, and pictures.
+
+    `cut` are those pictures whose files have more behind the first, as an animation has.
+    """
 
     tokens: int
     patches: int
     images: int
+    cut: int = 0
 
 
-RECORD = np.dtype([("key", "V16"), ("tokens", "i4"), ("patches", "i4"), ("images", "i4")])
+RECORD = np.dtype([("key", "V16"), *((name, "i4") for name in Measured._fields)])
 
 
 def cache_dir() -> Path:

@@ -273,9 +273,8 @@ class _Reader:
         for (i, sample, of_row), length in zip(chunk.samples, chunk.lengths, strict=True):
             if length is not None and self._fits(sample, length):
                 self.prepared.notices.update(sample.notices)
-                if self.task != "chat":
-                    self.prepared.notices.update(self.encoder.frames.notices(sample, length.images))
-                kept.append((source, i, *length, digest(sample)))
+                self.prepared.notices.update(self.encoder.frames.notices(sample, length))
+                kept.append((source, i, length.tokens, length.patches, length.images, digest(sample)))
                 if of_row is not None:
                     labels.append(of_row)
 

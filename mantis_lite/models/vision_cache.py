@@ -182,6 +182,7 @@ class VisionCache:
             "kernels": used_kernels(self.recipe),
             "processor": self.checkpoint.image_processor.to_json_string(),
             "media": [settings.image_splitting, settings.max_image_size, encoder.max_image_size, encoder.vision.facts],
+            "pictures": media.RULES,
             "versions": {"mantis_lite": __version__} | {name: version(name) for name in MAKERS},
         }
 

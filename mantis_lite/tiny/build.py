@@ -124,7 +124,8 @@ class Seeing(Dataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{SEED} seeing {step}")
         things = rng.choices(THINGS, k=PICTURES_A_STEP)
-        pictures = [PIL.Image.open(io.BytesIO(rng.choice(self.album[thing]))).convert("RGB") for thing in things]
+        drawn = (io.BytesIO(rng.choice(self.album[thing])) for thing in things)
+        pictures = [PIL.Image.open(file, formats=["PNG"]).convert("RGB") for file in drawn]
         return {
             "pixels": self.encoder.vision.batch(list(map(self.encoder.vision.pixels, pictures)))["pixel_values"],
             "colours": torch.tensor([list(COLOURS).index(thing.colour) for thing in things]),
