@@ -37,6 +37,9 @@ ImportUpstream = Annotated[
     typer.Option("--import-upstream", help="Read the pickles of a model.adapter trained by the original Mantis."),
 ]
 Gpu = Annotated[float | None, typer.Option(min=1, help="The card's memory in GiB: 8, 12, 16, 24, 48, 80.")]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on with a stopped run although its recipe or data is another now.")
+]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Move an old run in run_dir aside first.")]
 
 
@@ -45,10 +48,11 @@ def train_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     from_scratch: FromScratch = False,
+    accept_changes: AcceptChanges = False,
     import_upstream: ImportUpstream = False,
     gpu: Gpu = None,
 ) -> None:
-    """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to resume."""
+    """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to go on where it stopped."""
     from .recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -57,7 +61,7 @@ def train_command(
     from .training.run import start
 
     with ProgressBar() as bar:
-        run = start(loaded, [bar], from_scratch, import_upstream, gpu)
+        run = start(loaded, [bar], from_scratch, import_upstream, gpu, accept_changes=accept_changes)
         _show_start(run)
         saved = run.train()
     typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
@@ -172,14 +176,14 @@ def copy_recipe(
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and its own exit code."""
-    from .errors import MantisError
+    from .errors import MantisError, Stopped
     from .secrets import refuse_secrets
 
     try:
         for at, word in enumerate(sys.argv):
             refuse_secrets(word, f"word {at} of the command line")
         app()
-    except MantisError as error:
+    except (MantisError, Stopped) as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
 

@@ -1,6 +1,8 @@
 """What a user can get wrong, each with the exit code the command line ends with."""
 
 import re
+from pathlib import Path
+from signal import Signals
 
 
 def one_line(error: Exception) -> str:
@@ -52,3 +54,34 @@ class OutOfMemory(MantisError):
 
 class FitError(SampleError):
     """One row that is larger than a pack."""
+
+
+class DivergedError(MantisError):
+    """A run whose numbers are of no use any more, or in which what should train does not."""
+
+    exit_code = 5
+
+
+class DiskError(MantisError):
+    """A disk that is full, or cannot be written."""
+
+    exit_code = 6
+
+
+class ResumeError(MantisError):
+    """A run's folder that is in use, or holds a run that cannot go on as it was asked to."""
+
+    exit_code = 7
+
+
+class Stopped(Exception):
+    """A run that a signal stopped; it goes on from `checkpoint` when it is started again."""
+
+    def __init__(self, signal: int, checkpoint: Path | None) -> None:
+        self.signal, self.checkpoint = signal, checkpoint
+        kept = f"saved {checkpoint}; run the same command to go on" if checkpoint else "before the first step"
+        super().__init__(f"stopped by {Signals(signal).name}: {kept}")
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal

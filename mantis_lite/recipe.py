@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -17,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from .conflicts import conflicts
 from .errors import RecipeError, one_line
+from .files import write_whole
 from .secrets import refuse_secrets
 from .yaml_text import load_yaml, read_text
 
@@ -262,8 +264,9 @@ def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), wher
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting of the recipe, defaults included, as YAML that `load_recipe` reads back."""
-    with path.open("w") as file:
-        _yaml().dump(recipe.model_dump(mode="json"), file)
+    text = io.StringIO()
+    _yaml().dump(recipe.model_dump(mode="json"), text)
+    write_whole(path, text.getvalue().encode())
 
 
 def recipes_dir() -> Path:

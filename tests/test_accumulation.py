@@ -20,7 +20,7 @@ STEPS = 3  # each over all four samples, so that the weights a step leaves behin
 
 
 def started(tmp_path, folder, packing, accumulation: int, **settings):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    data = write_rows(tmp_path / f"rows-{accumulation}.jsonl", ROWS)
     # Plain SGD: Adam would blow rounding up where a gradient is next to nothing.
     train = {"max_steps": STEPS, "gradient_accumulation_steps": accumulation, "learning_rate": 0.05}
     memory = {"optimizer": "sgd", "checkpointing": settings.pop("checkpointing", "off")}

@@ -5,7 +5,7 @@ from helpers import chat, write_rows
 from typer.testing import CliRunner
 
 from mantis_lite.cli import app
-from mantis_lite.errors import RecipeError
+from mantis_lite.errors import RecipeError, ResumeError
 from mantis_lite.memory.card import Card, card_at_hand, card_of
 from mantis_lite.memory.choose import SPARE, choose
 from mantis_lite.memory.estimate import CONTEXT, GIB
@@ -141,8 +141,14 @@ def test_a_run_that_goes_on_keeps_to_what_was_picked(asked, tmp_path, monkeypatc
     run.trainer.train()
     monkeypatch.setattr(picked, "choose", None)  # it is not asked again
     again = start(make_recipe(asked))
-    assert again.recipe == run.recipe and again.notices[0].startswith("memory.fit: this run goes on as it was picked")
-    with pytest.raises(RecipeError, match="holds a run with another packing"):
+    assert again.recipe == run.recipe
+    assert again.notices[:2] == [
+        "goes on from checkpoint-1",
+        "memory.fit: this run goes on as it was picked when it was started",
+    ]
+    with pytest.raises(
+        ResumeError, match="holds a run with\n  another packing.max_length: 1024 before, 512 now\n  Add"
+    ):
         start(make_recipe(asked, ["packing.max_length=512"]))
     (tmp_path / "run" / "fit.json").write_text("{")
     with pytest.raises(

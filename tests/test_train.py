@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from mantis_lite.cli import app
-from mantis_lite.errors import OutOfMemory, RecipeError, SampleError
+from mantis_lite.errors import OutOfMemory, RecipeError, ResumeError, SampleError
 from mantis_lite.models.attention import chosen_attention
 from mantis_lite.recipe import load_recipe, make_recipe
 from mantis_lite.training.run import start, train
@@ -120,7 +120,8 @@ def test_steps_done_again_are_logged_once(settings, tmp_path):
 def test_a_stopped_run_goes_on_only_under_its_own_recipe(settings, tmp_path):
     train_settings = settings["train"] | {"save_strategy": "steps", "save_steps": 2}
     stopped(make_recipe(settings | {"train": train_settings}), 2)
-    with pytest.raises(RecipeError, match=r"holds a run with another packing\n  Add --from-scratch"):
+    found = r"holds a run with\n  another packing.max_length: 256 before, 200 now\n  Add --accept-changes"
+    with pytest.raises(ResumeError, match=found):
         train(make_recipe(settings | {"train": train_settings, "packing": {"max_length": 200}}))
 
 

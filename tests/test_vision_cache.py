@@ -29,6 +29,7 @@ from mantis_lite.models.load import load_model
 from mantis_lite.models.vision_cache import VisionCache, trained_parts
 from mantis_lite.recipe import make_recipe
 from mantis_lite.report.check import check
+from mantis_lite.training.callbacks import Aside
 from mantis_lite.training.run import start, train
 
 TOWERS = [family for family in FAMILIES if family != "fuyu"]
@@ -186,7 +187,7 @@ class Reads(TrainerCallback):
 
 def test_what_leaves_the_gpu_is_what_no_step_reads(settings):
     run = start(make_recipe(settings))
-    (aside,) = [callback for callback in run.trainer.callback_handler.callbacks if hasattr(callback, "parameters")]
+    (aside,) = [callback for callback in run.trainer.callback_handler.callbacks if isinstance(callback, Aside)]
     moved = {id(parameter) for parameter in aside.parameters}
     names = [name for name, parameter in run.trainer.model.named_parameters() if id(parameter) in moved]
     assert all("vision_tower" in name or "multi_modal_projector" in name for name in names)
@@ -503,7 +504,7 @@ def test_so_is_an_adapter_that_has_one(settings, tmp_path):
 def test_models_without_features_apart_are_refused_before_they_load(
     settings, folder_of, monkeypatch, name, trainable, message
 ):
-    monkeypatch.setattr("mantis_lite.training.run.prepare", None)
+    monkeypatch.setattr("mantis_lite.training.plan.prepare", None)
     with pytest.raises(RecipeError, match=message):
         start(make_recipe(settings | {"model": str(folder_of(name)), "trainable": trainable}))
 
@@ -511,7 +512,7 @@ def test_models_without_features_apart_are_refused_before_they_load(
 @pytest.mark.parametrize(("found", "old"), [("5.22.1", True), ("5.9.0", True), ("5.23.0rc1", False), ("5.30.0", False)])
 def test_an_older_transformers_is_refused_before_anything_is_loaded(settings, monkeypatch, found, old):
     monkeypatch.setattr("mantis_lite.models.vision_cache.version", lambda name: found)
-    monkeypatch.setattr("mantis_lite.training.run.open_checkpoint", None)
+    monkeypatch.setattr("mantis_lite.training.plan.open_checkpoint", None)
     message = rf"memory.vision_cache: needs transformers 5.23 or newer, and this is {found}\n  Install it: pip install"
     with pytest.raises(RecipeError if old else TypeError, match=message if old else "NoneType"):
         start(make_recipe(settings))
@@ -519,12 +520,12 @@ def test_an_older_transformers_is_refused_before_anything_is_loaded(settings, mo
 
 def test_check_says_when_it_would_pay(settings, tmp_path):
     made = settings | OFF
-    kept = check(make_recipe(made)).kept
+    kept = check(make_recipe(made)).outlook.kept
     assert (kept.pictures, kept.uses) == (12, 2)  # by their files: that some are alike is not looked up
     start(make_recipe(settings))
     assert kept.size / 12 == sum(load_file(file)["output"].nbytes for file in kept_in()) / 6
-    assert check(make_recipe(made | {"train": {"num_train_epochs": 1}})).kept is None
-    assert check(make_recipe(made | {"trainable": {"vision_tower": "adapter"}})).kept is None
+    assert check(make_recipe(made | {"train": {"num_train_epochs": 1}})).outlook.kept is None
+    assert check(make_recipe(made | {"trainable": {"vision_tower": "adapter"}})).outlook.kept is None
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(made))
     said = CliRunner().invoke(app, ["check", str(path)]).output

@@ -91,16 +91,17 @@ def pack_dataset(
     encoder: Encoder,
     broken: Callable[[SampleError], None],
     targets: np.ndarray | None = None,
+    doing: Callable[[int], None] | None = None,
 ) -> datasets.Dataset:
     """A datasets.Dataset with a row a pack, encoded when it is asked for: pixels are decoded nowhere else.
 
     `broken` is told of a picture or clip whose header was sound and whose pixels are not; where it returns, the pack
     goes on without that sample. A pack with no other becomes a stand-in without loss, so that the step has a batch.
-    `targets` (S, ...) are what a score head is to say of the samples.
+    `targets` (S, ...) are what a score head is to say of the samples. `doing` is told of each before it is encoded.
     """
 
     def encode(rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
-        return {"encoded": [_encode(pack, samples, encoder, broken, targets) for pack in rows["pack"]]}
+        return {"encoded": [_encode(pack, samples, encoder, broken, targets, doing) for pack in rows["pack"]]}
 
     features = datasets.Features({"pack": datasets.List(datasets.Value("int64"))})
     return datasets.Dataset.from_dict({"pack": packs}, features=features).with_transform(encode)
@@ -117,9 +118,12 @@ def _encode(
     encoder: Encoder,
     broken: Callable[[SampleError], None],
     targets: np.ndarray | None,
+    doing: Callable[[int], None] | None,
 ) -> list[Encoded]:
     encoded = []
     for index in pack:
+        if doing is not None:
+            doing(index)
         try:
             sample = encoder.encode(samples[index])
         except SampleError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from hashlib import file_digest, sha256
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import RecipeError
+from ..files import write_whole
 from .lengths import cache_dir
 from .sample import Frame, Image
 from .vision import Pixels
@@ -44,7 +44,7 @@ class Features:
         self.folder = cache_dir() / "features" / sha256(text.encode()).hexdigest()[:32]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "what-made-them.json", text.encode())
+            write_whole(self.folder / "what-made-them.json", text.encode())
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -81,7 +81,7 @@ class Features:
             return
         whole = {"crc32": str(_checksum(features))}
         try:
-            _write(self.folder / f"{key}.safetensors", safetensors.torch.save(features, whole))
+            write_whole(self.folder / f"{key}.safetensors", safetensors.torch.save(features, whole), synced=False)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -107,15 +107,3 @@ def _checksum(features: Pixels) -> int:
         found = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), found)
         found = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy(), found)
     return found
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it, so that no reader sees half of it."""
-    descriptor, beside = tempfile.mkstemp(dir=file.parent)
-    try:
-        with open(descriptor, "wb") as opened:
-            opened.write(content)
-        os.replace(beside, file)
-    except OSError:
-        os.unlink(beside)
-        raise

@@ -160,6 +160,15 @@ def _is_head(name: str) -> bool:
     return HEAD in name.split(".")
 
 
+def trained_parameters(model: nn.Module, family: Family) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, by part."""
+    found: defaultdict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[_part_or_head(name, family)].append(parameter)
+    return dict(found)
+
+
 def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
     """How many parameters each part has, and how many of them train."""
     sizes: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -168,11 +177,15 @@ def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
             continue
         packed = in_4_bits(parameter)
         count = parameter.numel() * (2 * parameter.element_size() if packed else 1)  # two weights in a byte
-        part = "score head" if _is_head(name) else part_of(name, family)
+        part = _part_or_head(name, family)
         sizes[part][0] += count
         sizes[part][1] += count if parameter.requires_grad else 0
         sizes[part][2] += count if packed else 0
     return [PartSize(part, *sizes[part]) for part in (*family.parts, "score head") if part in sizes]
+
+
+def _part_or_head(name: str, family: Family) -> str:
+    return "score head" if _is_head(name) else part_of(name, family)
 
 
 def _own(model: PreTrainedModel, family: Family, part: Part) -> list[str]:

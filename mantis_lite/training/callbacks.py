@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from ..data.dataset import Schedule
+from .jsonlines import JsonLines
+
+
+class Seeds(TrainerCallback):
+    """Has each step draw from a seed of its own, so that what it draws does not depend on what was drawn before.
+
+    A run that goes on needs no state of a generator then (Salmon et al. 2011 draw by a counter likewise).
+    """
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        drawn = np.random.SeedSequence((args.seed, state.global_step, args.process_index)).generate_state(1)
+        set_seed(int(drawn[0]))
 
 
 class MetricsFile(TrainerCallback):
@@ -31,14 +42,11 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path, schedule: Schedule, pack_tokens: np.ndarray) -> None:
-        self.path, self.schedule = path, schedule
+        self.lines, self.schedule = JsonLines(path), schedule
         self.tokens = np.concatenate([[0], pack_tokens.cumsum()])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what was logged after the checkpoint that the run goes on from: those steps are done again."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.lines.rewind(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The trainer walks through all epochs' packs once, and so counts them as one.
@@ -46,11 +54,9 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            if "num_tokens" in logs:
-                done = min(state.global_step * self.schedule.accumulation, len(self.tokens) - 1)
-                logs["num_tokens"] = int(self.tokens[done])
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, "time": time.time(), **logs}) + "\n")
+            done = min(state.global_step * self.schedule.accumulation, len(self.tokens) - 1)
+            logs |= dict.fromkeys({"num_tokens", "eval_num_tokens"} & logs.keys(), int(self.tokens[done]))
+            self.lines.append({"step": state.global_step, "time": time.time(), **logs})
 
 
 class Aside(TrainerCallback):

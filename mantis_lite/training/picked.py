@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from ..errors import RecipeError
+from ..files import write_whole
 from ..memory.card import card_at_hand, card_of
 from ..memory.choose import choose
 from ..memory.overrides import Work, changed
 from ..recipe import Recipe
+from .checkpoints import saved
 
 FILE = "fit.json"
 """What a run was asked for, the overrides that were picked, and why; in its folder."""
@@ -28,7 +28,7 @@ class Settled:
     def write(self, asked: Recipe) -> None:
         """Keep it beside the run, with the recipe that it was picked for."""
         kept = {"asked": asked.model_dump(mode="json"), "picked": self.picked, "notices": self.notices}
-        (asked.run_dir / FILE).write_text(json.dumps(kept, indent=2) + "\n")
+        write_whole(asked.run_dir / FILE, (json.dumps(kept, indent=2) + "\n").encode())
 
 
 def settle(work: Work, recipe: Recipe, gpu: float | None = None) -> Settled | None:
@@ -52,7 +52,7 @@ def as_started(recipe: Recipe) -> Recipe:
     Raises RecipeError where that cannot be read.
     """
     file = recipe.run_dir / FILE
-    if recipe.memory.fit == "off" or not (file.is_file() and get_last_checkpoint(str(recipe.run_dir))):
+    if recipe.memory.fit == "off" or not (file.is_file() and saved(recipe.run_dir)):
         return recipe
     try:
         kept = json.loads(file.read_text())
@@ -61,8 +61,15 @@ def as_started(recipe: Recipe) -> Recipe:
         raise RecipeError(
             f"run_dir: {found}\n  Add --from-scratch, or go on with {recipe.run_dir}/recipe.yaml."
         ) from None
-    same = kept["asked"] == recipe.model_dump(mode="json")
-    return changed(recipe, " ".join(["memory.fit=off", *(kept["picked"] if same else ())]))
+    # Of settings that are other now, nothing is undone: they are compared with the run's own.
+    asked, now = kept["asked"], recipe.model_dump(mode="json")
+    picked = [words for words in kept["picked"] if asked[_section(words)] == now[_section(words)]]
+    return changed(recipe, " ".join(["memory.fit=off", *picked]))
+
+
+def _section(words: str) -> str:
+    """The part of a recipe that an override is of."""
+    return words.partition("=")[0].partition(".")[0]
 
 
 def notices_of(settled: Settled | None, asked: Recipe, recipe: Recipe) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,59 +18,53 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, schedule
-from ..data.encode import Encoder
-from ..data.labels import Labels, some
-from ..data.prepare import Prepared, prepare, write_rejects
+from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch
+from ..data.prepare import Prepared, write_rejects
 from ..data.vision import Vision
-from ..errors import OutOfMemory, RecipeError, SampleError
-from ..memory.overrides import Work
-from ..memory.packs import Planned
+from ..errors import OutOfMemory, SampleError, Stopped
 from ..memory.shortage import shortage, telling
-from ..models.adapters import PartSize, find_adapter, make_trainable, part_sizes
-from ..models.attention import chosen_attention, require_attention
-from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
+from ..models.attention import chosen_attention
 from ..models.head import with_head
 from ..models.kernels import chosen_kernels, fuse, fused_layers, words
-from ..models.load import load_model, stated_head
-from ..models.vision_cache import VisionCache, projects, require_encoder_outputs, trained_parts
-from ..recipe import Recipe, load_recipe, save_recipe
-from .callbacks import Aside, MetricsFile
+from ..models.load import load_model
+from ..models.vision_cache import VisionCache
+from ..recipe import Recipe
+from .callbacks import Aside, MetricsFile, Seeds
+from .checkpoints import require_space, written
 from .curve import draw_curve
-from .picked import as_started, notices_of, refuse_unused, settle
-from .trainers import ChatTrainer, ScoreTrainer, arguments, offloads
+from .jsonlines import lines_of
+from .lock import Lock
+from .numbers import Numbers
+from .picked import refuse_unused
+from .plan import Plan, make_plan
+from .signals import Signals
+from .trainers import ChatTrainer, Lasting, ScoreTrainer, arguments, offloads
+from .workers import Doing
 
-LABELS = "labels.json"
-"""What the scores of a run of task=classify mean, in order."""
+METRICS = "metrics.jsonl"
+
+log = logging.getLogger("mantis_lite")
 
 
 @dataclass
-class Run:
+class Run(Plan):
     """Everything a run stands on before its first step: data, plan and model; `trainer` does the rest."""
 
-    recipe: Recipe
-    checkpoint: Checkpoint
-    encoder: Encoder
-    prepared: Prepared
-    schedule: Schedule
-    trainer: Trainer
+    trainer: Lasting
     head: PreTrainedConfig | None
     """The config that states a score head, where the task has one."""
-    kept: str | None = None
+    kept: str | None
     """What the vision cache holds, in words, where there is one."""
-    picked: list[str] = field(default_factory=list)
-    """What memory.fit=auto picked, in words."""
 
     @property
     def notices(self) -> list[str]:
-        """What a user should know of the model before it trains."""
+        """What a user should know of the run before it trains."""
         notices = [self.checkpoint.notice] if self.checkpoint.notice else []
         use_cpu = bool(self.recipe.train.get("use_cpu"))
         notices.append(f"attention: {chosen_attention(self.recipe.memory.attention, use_cpu)}")
@@ -77,45 +72,101 @@ class Run:
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
         if adapter := self.recipe.model.adapter:
             notices.append(f"going on with {adapter} by its own settings: the recipe's lora and trainable are not used")
-        return [*self.picked, *notices, *([self.kept] if self.kept else [])]
+        unused = self.trainer.numbers.parts.keys() - self._used(self.schedule.steps)
+        notices.extend(f"{part}: no row has a picture, so it stays as it is" for part in sorted(unused))
+        return [*self.resumed.notices(), *self.picked, *notices, *([self.kept] if self.kept else [])]
 
     @property
     def sizes(self) -> list[PartSize]:
         return part_sizes(self.trainer.model, self.checkpoint.family)
 
     def train(self) -> Path:
-        """Train to the end, from the newest checkpoint where there is one; returns the folder of what was trained."""
-        self.walk()
-        draw_curve(self.recipe.run_dir / "metrics.jsonl", self.recipe.run_dir / "loss.png")
-        return self.save()
+        """Train to the end, from the newest checkpoint that is whole; returns the folder of what was trained.
+
+        Raises Stopped once a signal has had the run save and stop; OutOfMemory, DivergedError, DiskError.
+        """
+        self.lock.take()
+        try:
+            self._require_space()
+            with Signals(self.trainer.save_now) as signals:
+                self.trainer.add_callback(signals)
+                self.walk()
+                state = self.trainer.state
+                if signals.caught and state.global_step < state.max_steps:
+                    raise Stopped(signals.caught, self.trainer.save_now())
+                folder = self.save()
+        finally:
+            self.lock.release()
+        try:
+            draw_curve(self.recipe.run_dir / METRICS, self.recipe.run_dir / "loss.png")
+        except OSError as error:
+            log.warning("loss.png cannot be drawn: %s", error.strerror)
+        return folder
 
     def walk(self) -> None:
-        """Take the steps that are left, and save nothing beyond checkpoints. Raises OutOfMemory."""
+        """Take the steps that are left, and save nothing beyond checkpoints. Raises OutOfMemory, DivergedError."""
+        checkpoint = self.resumed.checkpoint
+        if self._owes_evaluation():
+            self.trainer.args.eval_on_start = True
         try:
-            self.trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self.recipe.run_dir)))
+            self.trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error) from None
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
-        """What to say of a step without room: its largest pack, what takes most, and what would help."""
-        step, each = min(self.trainer.state.global_step, self.schedule.steps - 1), self.schedule.accumulation
-        packs = replace(self.schedule, packs=self.schedule.packs[step * each : (step + 1) * each])
-        work = _work(self.recipe, self.checkpoint, self.encoder, self.prepared, packs)
-        return shortage(f"in step {step + 1}", work, self.recipe, error)
-
     def save(self) -> Path:
-        """Save the adapter as PEFT does, or the model in its published layout; returns the folder."""
+        """Save the adapter as PEFT does, or the model in its published layout; returns the folder.
+
+        Raises DiskError, and DivergedError for weights that are no numbers.
+        """
         full = self.recipe.method == "full"
         folder = self.recipe.run_dir / ("model" if full else "adapter")
-        self.trainer.model.save_pretrained(folder)
-        if full:
-            # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
-            self.checkpoint.copy_small_files(folder)
-        if self.head is not None:
-            self.head.save_pretrained(folder)  # what the scores are; beside an adapter PEFT takes no notice of it
-            if self.encoder.score and self.encoder.score.tokens:
-                self.encoder.tokenizer.save(str(folder / "tokenizer.json"))
+        self.trainer.numbers.require_finite(self.trainer.numbers.parameters, self.trainer.state.global_step)
+        with written(folder, self.trainer.checkpoint_size()) as beside:
+            self.trainer.model.save_pretrained(beside)
+            if full:
+                # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
+                self.checkpoint.copy_small_files(beside)
+            if self.head is not None:
+                self.head.save_pretrained(beside)  # what the scores are; beside an adapter PEFT takes no notice of it
+                if self.encoder.score and self.encoder.score.tokens:
+                    self.encoder.tokenizer.save(str(beside / "tokenizer.json"))
         return folder
+
+    def _require_space(self) -> None:
+        args, left = self.trainer.args, self.schedule.steps - self.resumed.step
+        every = args.save_steps if args.save_steps >= 1 else args.save_steps * self.schedule.steps
+        saves = 1 + (int(left / every) if args.save_strategy == "steps" else args.save_strategy != "no")
+        require_space(self.recipe.run_dir, self.trainer.checkpoint_size(), saves, args.save_total_limit)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run stopped after a step before it had been evaluated."""
+        step, every = self.resumed.step, self.recipe.eval.every
+        due = (
+            step and self.prepared.held_out is not None and (step % every if every else step - self.schedule.steps) == 0
+        )
+        lines = lines_of(self.recipe.run_dir / METRICS) if due else []
+        return bool(due) and not any(line["step"] == step and "eval_loss" in line for line in lines)
+
+    def _packs(self, step: int) -> Schedule:
+        """The packs of a step, which are counted from 1."""
+        each = self.schedule.accumulation
+        return replace(self.schedule, packs=self.schedule.packs[(step - 1) * each : step * each])
+
+    def _named(self, step: int) -> list[list[str]]:
+        return [self.samples(pack) for pack in self._packs(step).packs]
+
+    def _used(self, step: int) -> set[str]:
+        """The parts that the packs since the run went on, up to a step, have a use for."""
+        each = self.schedule.accumulation
+        packs = self.schedule.packs[self.resumed.step * each : step * each]
+        seen = any(self.prepared.train.lengths[pack, 1].any() for pack in packs)
+        return {"language_model", "score head"} | ({"projector", "vision_tower"} if seen else set())
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+        """What to say of a step without room: its largest pack, what takes most, and what would help."""
+        step = min(self.trainer.state.global_step + 1, self.schedule.steps)
+        work = replace(self, schedule=self._packs(step)).work
+        return shortage(f"in step {step}", work, self.recipe, error)
 
 
 def start(
@@ -125,78 +176,29 @@ def start(
     import_upstream: bool = False,
     gpu: float | None = None,
     only: Schedule | None = None,
+    accept_changes: bool = False,
 ) -> Run:
     """Read and plan the data, then load the model.
 
     `from_scratch` moves an old run aside; `import_upstream` allows the pickles of an adapter of the original code;
     `gpu` is the card, in GiB, that memory.fit=auto picks for, in place of the one at hand; `only` these packs are
-    trained on, where it is given.
+    trained on, where it is given; `accept_changes` lets a stopped run go on with another recipe or data.
 
-    Raises RecipeError, DataError, SampleError and FitError before any weight is loaded; OutOfMemory while it is. With
-    memory.vision_cache, which opens all pictures then, also SampleError and RecipeError once it is.
+    Raises RecipeError, ResumeError, DataError, SampleError and FitError before any weight is loaded; OutOfMemory while
+    it is. With memory.vision_cache, which opens all pictures then, also SampleError and RecipeError once it is.
     """
     refuse_unused(recipe, gpu)
-    asked = recipe
-    if not from_scratch:
-        recipe = as_started(recipe)
-        _refuse_another(recipe)
-    kernels = chosen_kernels(recipe)
-    require_attention(recipe.memory.attention)
-    caches = recipe.memory.vision_cache != "off"
-    if caches:
-        require_encoder_outputs()
-    if recipe.model.adapter:
-        find_adapter(recipe.model.adapter, import_upstream)
-    checkpoint = open_checkpoint(recipe.model)
-    encoder = checkpoint.encoder(recipe)
-    if caches:
-        projects(checkpoint.family, checkpoint.config.model_type, trained_parts(recipe))
-    head_recipe = stated_head(checkpoint, recipe)
-    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head_recipe)
-    packs = only or schedule(prepared.train, recipe.packing, recipe.train)
-    work = _work(recipe, checkpoint, encoder, prepared, packs)
-    settled = settle(work, recipe, gpu)
-    if settled is not None:
-        recipe = settled.recipe
-        packs = only or schedule(prepared.train, recipe.packing, recipe.train)
-    if prepared.labels is not None and not from_scratch:
-        _refuse_other_labels(recipe.run_dir, prepared.labels)
-    _open_run_dir(recipe, from_scratch)
-    if settled is not None:
-        settled.write(asked)
-    if prepared.labels is not None:
-        (recipe.run_dir / LABELS).write_text(json.dumps(asdict(prepared.labels), indent=2) + "\n")
-    (recipe.run_dir / "rejects.jsonl").unlink(missing_ok=True)
-    write_rejects(prepared.rejects, recipe.run_dir / "rejects.jsonl")
-    training_arguments = arguments(recipe, packs, prepared.held_out is not None)
-    set_seed(training_arguments.seed)  # the trainer's own comes too late for an adapter's first values
-    head = _head(recipe, checkpoint, encoder, prepared)
-    with telling("while the model was loaded", work, recipe):
-        model = make_trainable(load_model(checkpoint, recipe, head), recipe, checkpoint.family, import_upstream)
-        if kernels["lora"] is None:
-            fuse(model, ["lora"])
-        cache = None
-        if caches:  # an adapter that is gone on with says itself what trains
-            trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
-            cache = VisionCache(checkpoint, recipe, encoder, trained)
-        broken = _Broken(recipe, prepared)
-        shown = _datasets(recipe, cache.encoder if cache else encoder, prepared, packs, broken)
-        # With its data sets made: they are hashed then, and the features with them, were they there already.
-        kept = _fill(cache, model, training_arguments, prepared, packs, broken) if cache else None
-        vision = cache.vision if cache else encoder.vision
-        trainer = _trainer(recipe, training_arguments, checkpoint, vision, prepared.labels, shown, model)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
-            parameter.data = parameter.data.float()
-    # Qwen's classes say that they cannot weigh a pack by its tokens in the whole step; like the others, they can.
-    trainer.model_accepts_loss_kwargs = True
-    trainer.remove_callback(PrinterCallback)
-    tokens = np.array([prepared.train.lengths[pack, 0].sum() for pack in packs.packs])
-    for callback in (MetricsFile(recipe.run_dir / "metrics.jsonl", packs, tokens), *callbacks):
-        trainer.add_callback(callback)
-    if cache:
-        trainer.add_callback(Aside(cache.unread(trainer.model)))
-    return Run(recipe, checkpoint, encoder, prepared, packs, trainer, head, kept, notices_of(settled, asked, recipe))
+    with ExitStack() as held:
+        lock = Lock(recipe.run_dir)
+        held.callback(lock.release)
+        plan = make_plan(recipe, lock, from_scratch, import_upstream, gpu, only, accept_changes)
+        plan.open_run_dir(from_scratch)
+        run = _load(plan, import_upstream)
+        run.trainer.accepted = bool(plan.resumed.changed)
+        for callback in callbacks:
+            run.trainer.add_callback(callback)
+        held.pop_all()  # the run lets go of its folder when it has trained
+    return run
 
 
 def train(
@@ -204,58 +206,67 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     from_scratch: bool = False,
     import_upstream: bool = False,
+    accept_changes: bool = False,
 ) -> Path:
     """Train a recipe; returns the folder of the adapter, or of the model where the method is full."""
-    return start(recipe, callbacks, from_scratch, import_upstream).train()
+    return start(recipe, callbacks, from_scratch, import_upstream, accept_changes=accept_changes).train()
 
 
-def _work(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared, packs: Schedule) -> Work:
-    """What memory goes by."""
-    rows = Planned(recipe, checkpoint, encoder, prepared.train, packs, prepared.held_out)
-    return Work(checkpoint.config, checkpoint.family, checkpoint.image_processor, rows)
+def _load(plan: Plan, import_upstream: bool) -> Run:
+    """Load the model, make it trainable, and give it to a trainer."""
+    recipe, checkpoint, encoder, prepared = plan.recipe, plan.checkpoint, plan.encoder, plan.prepared
+    training_arguments = arguments(recipe, plan.schedule, prepared.held_out is not None)
+    set_seed(training_arguments.seed)  # the trainer's own comes too late for an adapter's first values
+    head = _head(plan)
+    with telling("while the model was loaded", plan.work, recipe):
+        model = make_trainable(load_model(checkpoint, recipe, head), recipe, checkpoint.family, import_upstream)
+        if chosen_kernels(recipe)["lora"] is None:
+            fuse(model, ["lora"])
+        cache = None
+        if recipe.memory.vision_cache != "off":  # an adapter that is gone on with says itself what trains
+            trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
+            cache = VisionCache(checkpoint, recipe, encoder, trained)
+        broken = _Broken(recipe, prepared)
+        doing = Doing(training_arguments.dataloader_num_workers, lambda index: plan.samples([index])[0])
+        shown = _datasets(plan, cache, broken, doing)
+        # With its data sets made: they are hashed then, and the features with them, were they there already.
+        kept = _fill(cache, model, training_arguments, plan, broken) if cache else None
+        trainer = _trainer(plan, training_arguments, cache.vision if cache else encoder.vision, shown, model)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
+            parameter.data = parameter.data.float()
+    # Qwen's classes say that they cannot weigh a pack by its tokens in the whole step; like the others, they can.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.remove_callback(PrinterCallback)
+    run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
+    trainer.doing = doing
+    _watch(run, cache)
+    return run
 
 
-def _refuse_another(recipe: Recipe) -> None:
-    """A finished run is not trained again, and a stopped one goes on only under the recipe it was started with."""
-    run_dir, remedy = recipe.run_dir, "Add --from-scratch to move it aside, or set another run_dir."
-    if any((run_dir / done).exists() for done in ("adapter", "model")):
-        raise RecipeError(f"run_dir: {run_dir} holds a finished run\n  {remedy}")
-    if run_dir.is_dir() and get_last_checkpoint(str(run_dir)):
-        before, now = (r.model_dump(mode="json") for r in (load_recipe(run_dir / "recipe.yaml"), recipe))
-        if changed := [key for key in now if before[key] != now[key]]:
-            raise RecipeError(f"run_dir: {run_dir} holds a run with another {', '.join(changed)}\n  {remedy}")
+def _watch(run: Run, cache: VisionCache | None) -> None:
+    """What a run adds to the trainer's own callbacks."""
+    run_dir, schedule, trainer = run.recipe.run_dir, run.schedule, run.trainer
+    parts = trained_parameters(trainer.model, run.checkpoint.family)
+    trainer.numbers = Numbers(run_dir, schedule.steps, parts, run._used, run._named)
+    tokens = np.array([run.prepared.train.lengths[pack, 0].sum() for pack in schedule.packs])
+    metrics = MetricsFile(run_dir / METRICS, schedule, tokens)
+    for callback in (Seeds(), trainer.numbers, metrics):
+        trainer.add_callback(callback)
+    if cache:
+        trainer.add_callback(Aside(cache.unread(trainer.model)))
 
 
-def _refuse_other_labels(run_dir: Path, labels: Labels) -> None:
-    """A stopped run's scores mean what they meant: changed data must not give them other names."""
-    file = run_dir / LABELS
-    if not (file.is_file() and get_last_checkpoint(str(run_dir))):
-        return
-    before, now = json.loads(file.read_text()), json.loads(json.dumps(asdict(labels)))
-    if before != now:
-        found = f"{run_dir} holds a run that scores {some(before['names'])}, and the data has {some(labels.names)}"
-        raise RecipeError(f"head.labels: {found}\n  State head.labels, or add --from-scratch to move the run aside.")
-
-
-def _open_run_dir(recipe: Recipe, from_scratch: bool) -> None:
-    run_dir = recipe.run_dir
-    if from_scratch and run_dir.exists():
-        aside = (run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1))
-        run_dir.rename(next(path for path in aside if not path.exists()))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, run_dir / "recipe.yaml")
-
-
-def _head(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> PreTrainedConfig | None:
+def _head(plan: Plan) -> PreTrainedConfig | None:
     """The config that states the score head to train: its labels, class weights and tokens."""
-    labels = prepared.labels
+    labels, encoder = plan.prepared.labels, plan.encoder
     if labels is None:
         return None
-    weights = recipe.head.class_weights
+    weights = plan.recipe.head.class_weights
     if weights == "balanced":
-        weights = _balanced(prepared)
+        weights = _balanced(plan.prepared)
     tokens = encoder.score.tokens if encoder.score else ()
-    return with_head(checkpoint.config, labels, weights, [encoder.token_id(token) for token in tokens])
+    return with_head(plan.checkpoint.config, labels, weights, [encoder.token_id(token) for token in tokens])
 
 
 def _balanced(prepared: Prepared) -> list[float]:
@@ -274,29 +285,22 @@ def _balanced(prepared: Prepared) -> list[float]:
     return [float((1 - share) / share) if 0 < share < 1 else 1.0 for share in shares]
 
 
-def _datasets(
-    recipe: Recipe, encoder: Encoder, prepared: Prepared, packs: Schedule, broken: _Broken
-) -> tuple[Dataset, Dataset | None]:
+def _datasets(plan: Plan, cache: VisionCache | None, broken: _Broken, doing: Doing) -> tuple[Dataset, Dataset | None]:
     """The packs to train on, and those that are held out."""
-    train, held_out = prepared.train, prepared.held_out
-    evaluated = held_out and pack_dataset(
-        pack_epoch(held_out, recipe.packing), held_out, encoder, broken, held_out.targets
-    )
-    return pack_dataset(packs.packs, train, encoder, broken, train.targets), evaluated
+    train, held_out = plan.prepared.train, plan.prepared.held_out
+    encoder = cache.encoder if cache else plan.encoder
+    packing = plan.recipe.packing
+    evaluated = held_out and pack_dataset(pack_epoch(held_out, packing), held_out, encoder, broken, held_out.targets)
+    return pack_dataset(plan.schedule.packs, train, encoder, broken, train.targets, doing), evaluated
 
 
 def _fill(
-    cache: VisionCache,
-    model: PreTrainedModel,
-    training_arguments: TrainingArguments,
-    prepared: Prepared,
-    packs: Schedule,
-    broken: _Broken,
+    cache: VisionCache, model: PreTrainedModel, training_arguments: TrainingArguments, plan: Plan, broken: _Broken
 ) -> str:
     """Fill the cache with every picture that the run will show, as its steps would compute them."""
-    plans = [(prepared.train, sorted({index for pack in packs.packs for index in pack}))]
-    if prepared.held_out is not None:
-        plans.append((prepared.held_out, list(range(len(prepared.held_out)))))
+    plans = [(plan.prepared.train, sorted({index for pack in plan.schedule.packs for index in pack}))]
+    if (held_out := plan.prepared.held_out) is not None:
+        plans.append((held_out, list(range(len(held_out)))))
     device, dtype = training_arguments.device, torch.bfloat16 if training_arguments.bf16 else torch.float16
     if not cache.recipe.quantized:  # weights in 4 bits have been put there as they were loaded
         model.to(device)
@@ -305,22 +309,21 @@ def _fill(
 
 
 def _trainer(
-    recipe: Recipe,
+    plan: Plan,
     training_arguments: TrainingArguments,
-    checkpoint: Checkpoint,
     vision: Vision,
-    labels: Labels | None,
     shown: tuple[Dataset, Dataset | None],
     model: PreTrainedModel,
-) -> Trainer:
-    kind = ChatTrainer if labels is None else partial(ScoreTrainer, labels, offloads(recipe))
+) -> Lasting:
+    labels = plan.prepared.labels
+    kind = ChatTrainer if labels is None else partial(ScoreTrainer, labels, offloads(plan.recipe))
     return kind(
         model=model,
         args=training_arguments,
         data_collator=partial(collate_packs, vision=vision),
         train_dataset=shown[0],
         eval_dataset=shown[1],
-        processing_class=AutoTokenizer.from_pretrained(checkpoint.folder),
+        processing_class=AutoTokenizer.from_pretrained(plan.checkpoint.folder),
     )
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
@@ -19,9 +24,104 @@ from ..metrics import score_metrics
 from ..models.activations import tile_loss
 from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
+from .checkpoints import fault, folder_of, rotate, written
+from .numbers import Numbers
+from .signals import ignore_signals
+from .workers import Doing, Feed, WorkerError
 
 
-class ChatTrainer(SFTTrainer):
+class Lasting(Trainer):
+    """What a run adds to a trainer so that it survives: whole checkpoints, sound steps, workers that may die.
+
+    `numbers` and `doing` are set before it trains.
+    """
+
+    numbers: Numbers
+    doing: Doing
+    accepted = False
+    """Whether the recipe was changed since the checkpoint that the run goes on from."""
+    _aside: Path | None = None
+    _feed: Feed | None = None
+
+    def save_now(self) -> Path:
+        """Save a checkpoint of the step that was taken last; returns its folder. Raises DiskError, DivergedError."""
+        self._save_checkpoint(self.model, None)
+        return folder_of(Path(self.args.output_dir), self.state.global_step)
+
+    def checkpoint_size(self) -> int:
+        """About how many bytes a checkpoint takes: what is saved of the model, and two moments of what trains."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        kept = trained if isinstance(self.model, PeftModel) else list(self.model.parameters())
+        return sum(p.numel() * p.element_size() for p in kept) + sum(8 * p.numel() for p in trained)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.numbers.counted(super().training_step(*args, **kwargs))
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = ignore_signals
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        loader.worker_init_fn = ignore_signals
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if self._feed is None or self._feed.first is not epoch_iterator:
+            taken = self.state.global_step * self.args.gradient_accumulation_steps
+            self._feed = Feed(self.callback_handler.train_dataloader, epoch_iterator, taken, self.doing)
+        try:
+            return super().get_batch_samples(self._feed, num_batches, device)
+        except WorkerError:
+            if self.state.global_step:
+                self.save_now()
+            raise
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the trainer's own, in a folder that appears as a whole; then older ones are rotated."""
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        folder = folder_of(run_dir, step)
+        if folder.exists() and fault(folder) is None:
+            return  # a signal came at a step that is saved anyway
+        states = [
+            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
+        self.numbers.require_finite([*self.numbers.parameters, *states], step)
+        best = folder_of(run_dir, self.state.best_global_step) if self.state.best_global_step else None
+        self.state.best_model_checkpoint = best and str(best)
+        with written(folder, self.checkpoint_size()) as beside:
+            self._aside = beside.parent
+            try:
+                Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a card beside
+            finally:
+                self._aside = None
+        rotate(run_dir, self.args.save_total_limit, best)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The weights alone: no pickle of the arguments, and no tokenizer that the base has as well."""
+        self.model.save_pretrained(output_dir, state_dict=state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: each step draws from its own seed."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: each step draws from its own seed."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the trainer's own; rates and decay are the recipe's, where it was changed since."""
+        own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.accepted and isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
+            for group, kept, share in zip(self.optimizer.param_groups, own, self.lr_scheduler.lr_lambdas, strict=True):
+                group |= kept | {"lr": kept["initial_lr"] * share(self.lr_scheduler.last_epoch)}
+
+
+class ChatTrainer(Lasting, SFTTrainer):
     """TRL's trainer, reporting nothing home; its loss holds the logits of a few tokens at a time."""
 
     def __init__(self, **settings: Any) -> None:
@@ -32,7 +132,7 @@ class ChatTrainer(SFTTrainer):
         pass
 
 
-class ScoreTrainer(Trainer):
+class ScoreTrainer(Lasting):
     """transformers' trainer of a score head: a step's loss is the mean over the targets of all its packs."""
 
     def __init__(self, labels: Labels, offloads: bool, **settings: Any) -> None:

@@ -1,0 +1,34 @@
+"""Files that are whole or absent, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+
+def write_whole(file: Path, content: bytes, synced: bool = True) -> None:
+    """Write a file beside its place and rename it, so that no reader sees half of it. Raises OSError.
+
+    What is not `synced` may be lost with the machine's power, as what is made anew then may.
+    """
+    beside = file.with_name(f"{file.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with beside.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            if synced:
+                os.fsync(opened.fileno())
+        os.replace(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""Lines of JSON about the steps of a run, which a full disk delays and a kill cuts at most."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+
+log = logging.getLogger("mantis_lite")
+
+
+class JsonLines:
+    """A file with a JSON object a line, each with the `step` it is of."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.count = 0
+        self._waiting = b""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line; where the disk is full it waits for the next, and the run goes on."""
+        self.count += 1
+        full = bool(self._waiting)
+        self._waiting += json.dumps(line).encode() + b"\n"
+        try:
+            with self.file.open("ab", buffering=0) as opened:
+                end = opened.seek(0, os.SEEK_END)
+                if opened.write(self._waiting) < len(self._waiting):
+                    opened.truncate(end)  # of a line, all or nothing
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting = b""
+        except OSError as error:
+            if not full:
+                log.warning("%s cannot be written for now: %s", self.file, error.strerror)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after a step: those steps are done again. A line that was cut short goes as well."""
+        kept = [line for line in lines_of(self.file) if step and line["step"] <= step]
+        self.count = len(kept)
+        if self.file.exists():
+            write_whole(self.file, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file, if there is one."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,45 @@
+"""One run in a folder at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from ..errors import ResumeError
+
+
+class Lock:
+    """A run's hold on its folder, which other processes respect and a killed one loses.
+
+    By POSIX record locks, which file servers know as well. The process that holds it can take it again, so that a
+    notebook may start anew what it did not finish.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / ".lock"
+        self.opened: int | None = None
+
+    def take(self) -> None:
+        """Take hold of a folder that exists. Raises ResumeError where another process has it."""
+        if self.opened is not None:
+            return
+        opened = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(opened, 200).decode(errors="replace").strip() or "another process"
+            os.close(opened)
+            raise ResumeError(
+                f"run_dir: {self.file.parent} is in use by {holder}\n  Let it finish, stop it, or set another run_dir."
+            ) from None
+        os.ftruncate(opened, 0)
+        os.write(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self.opened = opened
+
+    def release(self) -> None:
+        """Let go of it."""
+        if self.opened is not None:
+            os.close(self.opened)
+            self.opened = None

@@ -1,0 +1,157 @@
+"""What a run's numbers must be: finite, and moving."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+
+from ..errors import DivergedError
+from .jsonlines import JsonLines
+
+SKIPPED = "skipped.jsonl"
+"""The steps of a run that were not taken, with their samples."""
+
+MOST_SKIPPED = 0.01
+"""The share of a run's steps that may be skipped; three always may."""
+
+OVERFLOWS = 20
+"""Steps in a row that float16's loss scaling may skip by itself: it halves its scale each time."""
+
+SETTLED = 10
+"""Steps with a learning rate after which everything that trains must have moved."""
+
+SPIKE = 3.0
+"""A loss so many times its running mean is warned of, as axolotl's watchdog is set by its users."""
+
+log = logging.getLogger("mantis_lite")
+
+
+class Numbers(TrainerCallback):
+    """Skips a step whose loss or gradient is not finite, and ends a run that cannot learn.
+
+    `parts` are the parameters that should train, by part; `seen(step)` names the parts that the data has had a use for
+    after so many steps; `named(step)` the samples of a step, by pack.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: int,
+        parts: dict[str, list[nn.Parameter]],
+        used: Callable[[int], set[str]],
+        named: Callable[[int], list[list[str]]],
+    ) -> None:
+        self.skipped = JsonLines(run_dir / SKIPPED)
+        self.allowed = max(3, int(steps * MOST_SKIPPED))
+        self.parts, self.used, self.named = parts, used, named
+        self.losses: list[Tensor] = []
+        self.overflows = self.moving = 0
+        self.unskipped = True
+        self.mean: float | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameters in self.parts.values() for parameter in parameters]
+
+    def counted(self, loss: Tensor) -> Tensor:
+        """A pack's loss, noted; zero in the sum that is logged where it is no number, which would stay in it."""
+        self.losses.append(loss)
+        return torch.where(loss.isfinite(), loss, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.skipped.rewind(state.global_step)
+        self.before = {part: _sums(parameters) for part, parameters in self.parts.items()}
+        for line in state.log_history:
+            self._follow(line)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        losses, self.losses = self.losses, []
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        sound = bool(get_total_norm(gradients).isfinite()) if gradients else True
+        finite = bool(torch.stack([loss.isfinite() for loss in losses]).all()) if losses else True
+        self.unskipped = sound and finite
+        self.overflows = 0 if sound else self.overflows + 1
+        if self.unskipped:
+            self.moving += any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
+        elif not (args.fp16 and finite and self.overflows <= OVERFLOWS):
+            self._skip(state.global_step + 1, [loss.item() for loss in losses])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.moving == SETTLED:
+            self.require_moved(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and 0 < self.moving:
+            self.require_moved(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        if not self.unskipped:
+            logs["loss"] = math.nan  # of a part of its packs alone otherwise
+        if self._follow(logs):
+            logs["spike"] = True
+            log.warning("step %d: the loss %.4g is a spike, %g times its mean", state.global_step, logs["loss"], SPIKE)
+
+    def require_finite(self, tensors: Iterable[Tensor], step: int) -> None:
+        """Raise DivergedError where a tensor that is about to be saved holds what is not a number."""
+        largest = [tensor.detach().abs().max() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+        if largest and not torch.stack([value.float().cpu() for value in largest]).isfinite().all():
+            raise DivergedError(
+                f"step {step}: weights or the optimiser's state are not finite, and are not saved\n"
+                "  Lower train.learning_rate; what was saved before is as it was."
+            )
+
+    def require_moved(self, step: int) -> None:
+        """Raise DivergedError where a part that should train is as it was."""
+        used = self.used(step)
+        for part, parameters in self.parts.items():
+            if part in used and torch.equal(_sums(parameters), self.before[part]):
+                raise DivergedError(
+                    f"{part}: should train, and has not moved in {self.moving} steps: it gets no gradient\n"
+                    "  Look whether train.learning_rate is above 0, and whether rows have anything that is scored."
+                )
+
+    def _skip(self, step: int, losses: list[float]) -> None:
+        """Take no step: the optimizer passes over what has no gradient."""
+        broken = [at for at, loss in enumerate(losses) if not math.isfinite(loss)]
+        packs = self.named(step)
+        samples = [name for at in broken or range(len(packs)) for name in packs[at]]
+        found = "the loss is not finite" if broken else "the gradient is not finite"
+        self.skipped.append({"step": step, "found": found, "samples": samples})
+        some = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+        count = len(self.skipped)
+        dead = not torch.stack([p.detach().abs().max().float() for p in self.parameters]).isfinite().all()
+        if dead or count > self.allowed:
+            why = "weights are no longer finite" if dead else f"{count} steps were skipped, the most are {self.allowed}"
+            raise DivergedError(
+                f"step {step}: {found} in the pack of {some}; {why}\n"
+                f"  Look at these rows and at {self.skipped.file}, or lower train.learning_rate; what was saved before is "
+                "as it was."
+            )
+        log.warning("step %d is skipped: %s in the pack of %s", step, found, some)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _follow(self, logs: dict[str, Any]) -> bool:
+        """Keep a running mean of the loss; returns whether this one is far above it."""
+        loss = logs.get("loss")
+        if loss is None or not math.isfinite(loss):
+            return False
+        spike = self.mean is not None and loss > SPIKE * self.mean
+        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
+        return spike
+
+
+def _sums(parameters: list[nn.Parameter]) -> Tensor:
+    """Two sums of each tensor (P, 2), which change with it."""
+    sums = [torch.stack([p.detach().double().sum(), p.detach().double().square().sum()]) for p in parameters]
+    return torch.stack([each.cpu() for each in sums])

@@ -1,0 +1,129 @@
+"""All that is decided of a run before a weight is loaded: its data, its packs, and where it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+
+from ..data.dataset import Schedule, schedule
+from ..data.encode import Encoder
+from ..data.prepare import Prepared, prepare, write_rejects
+from ..files import write_whole
+from ..memory.overrides import Work
+from ..memory.packs import Planned
+from ..models.adapters import find_adapter
+from ..models.attention import require_attention
+from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.kernels import chosen_kernels
+from ..models.load import stated_head
+from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
+from ..recipe import Recipe, save_recipe
+from .checkpoints import sweep
+from .lock import Lock
+from .picked import Settled, as_started, notices_of, settle
+from .resume import LABELS, Resumed, compare_data, find_resumed, write_rows
+
+
+@dataclass
+class Plan:
+    """What a run is made by; `settled` is what memory.fit=auto picked for the recipe that was `asked` for."""
+
+    asked: Recipe
+    recipe: Recipe
+    checkpoint: Checkpoint
+    encoder: Encoder
+    prepared: Prepared
+    schedule: Schedule
+    resumed: Resumed
+    settled: Settled | None
+    lock: Lock
+
+    @property
+    def work(self) -> Work:
+        """What memory goes by."""
+        return _work(self.recipe, self.checkpoint, self.encoder, self.prepared, self.schedule)
+
+    @property
+    def picked(self) -> list[str]:
+        """What memory.fit=auto picked, in words."""
+        return notices_of(self.settled, self.asked, self.recipe)
+
+    def samples(self, indices: Sequence[int]) -> list[str]:
+        """What samples are called in messages: file, row and id."""
+        found = [self.prepared.train[index] for index in indices]
+        return [sample.where if sample.id is None else f'{sample.where} (id "{sample.id}")' for sample in found]
+
+    def open_run_dir(self, from_scratch: bool) -> None:
+        """Make the run's folder, or clear it of what a killed run was writing; and keep there what is trained on.
+
+        Raises ResumeError where another process holds it.
+        """
+        run_dir = self.recipe.run_dir
+        if from_scratch and run_dir.exists():
+            self.lock.take()  # nobody is at it
+            aside = (run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1))
+            run_dir.rename(next(path for path in aside if not path.exists()))
+            self.lock.release()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.lock.take()
+        sweep(run_dir)
+        if self.resumed.checkpoint is None or self.resumed.changed:
+            save_recipe(self.recipe, run_dir / "recipe.yaml")
+            write_rows(run_dir, self.prepared, self.schedule)
+            if self.settled is not None:
+                self.settled.write(self.asked)
+            if (labels := self.prepared.labels) is not None:
+                write_whole(run_dir / LABELS, (json.dumps(asdict(labels), indent=2) + "\n").encode())
+        (run_dir / "rejects.jsonl").unlink(missing_ok=True)
+        write_rejects(self.prepared.rejects, run_dir / "rejects.jsonl")
+
+
+def make_plan(
+    asked: Recipe,
+    lock: Lock,
+    from_scratch: bool = False,
+    import_upstream: bool = False,
+    gpu: float | None = None,
+    only: Schedule | None = None,
+    accept_changes: bool = False,
+) -> Plan:
+    """Read and plan the data; the arguments are those of `start`.
+
+    Raises RecipeError, ResumeError, DataError, SampleError and FitError.
+    """
+    recipe, resumed = asked, Resumed(None, [], [])
+    if not from_scratch and asked.run_dir.is_dir():
+        lock.take()
+        recipe = as_started(asked)
+        resumed = find_resumed(recipe, accept_changes)
+    checkpoint = _open_model(recipe, import_upstream)
+    encoder = checkpoint.encoder(recipe)
+    if recipe.memory.vision_cache != "off":
+        projects(checkpoint.family, checkpoint.config.model_type, trained_parts(recipe))
+    head = stated_head(checkpoint, recipe)
+    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
+    packs = only or schedule(prepared.train, recipe.packing, recipe.train)
+    settled = settle(_work(recipe, checkpoint, encoder, prepared, packs), recipe, gpu)
+    if settled is not None:
+        recipe = settled.recipe
+        packs = only or schedule(prepared.train, recipe.packing, recipe.train)
+    resumed = compare_data(resumed, recipe, prepared, packs, accept_changes)
+    return Plan(asked, recipe, checkpoint, encoder, prepared, packs, resumed, settled, lock)
+
+
+def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
+    """Open the small files of a checkpoint, once it is clear that what is asked of it can be had."""
+    chosen_kernels(recipe)
+    require_attention(recipe.memory.attention)
+    if recipe.memory.vision_cache != "off":
+        require_encoder_outputs()
+    if recipe.model.adapter:
+        find_adapter(recipe.model.adapter, import_upstream)
+    return open_checkpoint(recipe.model)
+
+
+def _work(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared, packs: Schedule) -> Work:
+    rows = Planned(recipe, checkpoint, encoder, prepared.train, packs, prepared.held_out)
+    return Work(checkpoint.config, checkpoint.family, checkpoint.image_processor, rows)

@@ -1,0 +1,90 @@
+"""Batches from DataLoader workers, any of which may die: of memory, of a decoder, of a container's small /dev/shm."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from torch.utils.data import DataLoader, get_worker_info
+
+from ..data.collate import Batch
+from ..errors import DataError
+
+MOST_DEATHS = 3
+
+log = logging.getLogger("mantis_lite")
+
+
+class WorkerError(DataError):
+    """Workers that die again and again."""
+
+
+class Doing:
+    """What each worker is at, as (process, sample) in memory that they share with the trainer."""
+
+    def __init__(self, workers: int, named: Callable[[int], str]) -> None:
+        self.table = torch.full((max(1, workers), 2), -1).share_memory_()
+        self.named = named
+
+    def __call__(self, sample: int) -> None:
+        """Told by a worker of the sample that it begins."""
+        if info := get_worker_info():
+            self.table[info.id] = torch.tensor([os.getpid(), sample])
+
+    def last(self, processes: set[int]) -> str:
+        """The samples that these were at, in words."""
+        found = [self.named(sample) for process, sample in self.table.tolist() if process in processes and sample >= 0]
+        return ", ".join(found) or "a sample that is not known"
+
+
+class Feed:
+    """The batches of a loader, the first of which an iterator gives, in the same order when workers die and begin anew.
+
+    `taken` were skipped before the first. Raises WorkerError at the fourth death.
+    """
+
+    def __init__(self, loader: DataLoader, first: Iterator[Batch], taken: int, doing: Doing) -> None:
+        self.loader, self.first, self.taken, self.doing = loader, first, taken, doing
+        self.batches = first
+        self.deaths: list[str] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while True:
+            try:
+                batch = next(self.batches)
+            except RuntimeError as error:
+                # torch has no type for it; what a worker raises itself comes as "Caught ... in DataLoader worker".
+                dead = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+                if not dead:
+                    raise
+                self._begin_anew({int(process) for process in dead[1].split(",")}, error)
+            else:
+                _hear_no_children()
+                self.taken += 1
+                return batch
+
+    def _begin_anew(self, processes: set[int], error: RuntimeError) -> None:
+        self.deaths.append(self.doing.last(processes))
+        if len(self.deaths) > MOST_DEATHS:
+            raise WorkerError(
+                f"data: {len(self.deaths)} DataLoader workers died, at {'; '.join(self.deaths)}\n"
+                "  Look at these rows; where memory or /dev/shm is short, lower train.dataloader_num_workers."
+            ) from error
+        log.warning("a DataLoader worker died at %s; it is begun anew", self.deaths[-1])
+        self.batches = iter(skip_first_batches(self.loader, self.taken))
+
+
+def _hear_no_children() -> Any:
+    """Hear of a worker's death when its batch is asked for: torch raises it wherever the trainer happens to be."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
