@@ -44,6 +44,7 @@ from .numbers import Numbers
 from .picked import refuse_unused
 from .plan import Plan, make_plan
 from .signals import Signals
+from .trackers import trackers
 from .trainers import ChatTrainer, Lasting, ScoreTrainer, arguments, offloads
 from .workers import Doing
 
@@ -188,6 +189,7 @@ def start(
     it is. With memory.vision_cache, which opens all pictures then, also SampleError and RecipeError once it is.
     """
     refuse_unused(recipe, gpu)
+    reports = trackers(recipe.train.get("report_to"))
     with ExitStack() as held:
         lock = Lock(recipe.run_dir)
         held.callback(lock.release)
@@ -195,7 +197,7 @@ def start(
         plan.open_run_dir(from_scratch)
         run = _load(plan, import_upstream)
         run.trainer.accepted = bool(plan.resumed.changed)
-        for callback in callbacks:
+        for callback in (*reports, *callbacks):
             run.trainer.add_callback(callback)
         held.pop_all()  # the run lets go of its folder when it has trained
     return run

@@ -163,7 +163,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
     """TrainingArguments of a run: the recipe's own, and those the pack contract fixes. Raises RecipeError."""
     gpu = torch.cuda.is_available()
     dtype = working_dtype()
-    own = {k: v for k, v in recipe.train.items() if k not in ("tokens_per_step", "samples_per_step")}
+    own = {k: v for k, v in recipe.train.items() if k not in ("tokens_per_step", "samples_per_step", "report_to")}
     defaults = {
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -171,7 +171,6 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
         "dataloader_num_workers": loader_workers(),
         "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0.0
         "logging_steps": 1,
-        "report_to": "none",
         "disable_tqdm": True,
         "eval_strategy": "steps" if recipe.eval.every else "epoch" if evaluates else "no",
         "eval_steps": recipe.eval.every,
@@ -197,6 +196,8 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
     if recipe.memory.optimizer != "auto":
         fixed["optim"] = recipe.memory.optimizer
     try:
-        return (TrainingArguments if scores else SFTConfig)(**(defaults | own | fixed))
+        made = (TrainingArguments if scores else SFTConfig)(**(defaults | own | fixed))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train: {error}\n  Mend the value; keys are TrainingArguments' own.") from None
+    made.report_to = []  # the run's trackers do that; transformers itself adds one that a cluster's environment names
+    return made
