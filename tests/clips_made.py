@@ -57,7 +57,7 @@ def make(
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=RATE, options=_options(codec, b_frames, extra) | (options or {}))
         stream.width, stream.height = size
-        stream.pix_fmt = {"gif": "rgb8", "png": "rgb24"}.get(codec, "yuv420p")
+        stream.pix_fmt = {"gif": "rgb8", "png": "rgb24", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         stream.gop_size, stream.max_b_frames = gop, b_frames
         stream.time_base = stream.codec_context.time_base = time_base
         if aspect:

@@ -211,10 +211,10 @@ def _bad_clips(folder: Path) -> Iterator[Case]:
     whole = make(place / "cut.mp4", frames=60, muxer={"movflags": "faststart"}).read_bytes()
     (place / "cut.mp4").write_bytes(whole[: len(whole) * 7 // 10])
     yield _clip("cut.mp4", "ends after", late=True)
-    (place / "ten-hours.mp4").write_bytes(ten_hours(make(place / "ten-hours.mp4").read_bytes()))
-    yield _clip("ten-hours.mp4", "ends after 1.2 s of 36000", late=True)
+    (place / "ten-hours.flv").write_bytes(ten_hours(make(place / "ten-hours.flv").read_bytes()))
+    yield _clip("ten-hours.flv", "ends after 1.2 s of 36000", late=True)
     make(place / "huge.mkv", "mjpeg", frames=1, size=(8_000, 6_400))
-    yield _clip("huge.mkv", "8,000 x 6,400 pixels")
+    yield _clip("huge.mkv", "more than 50,000,000 pixels")
     make(place / "thread.mkv", "mjpeg", frames=1, size=(6_400, 16))
     yield _clip("thread.mkv", "6,400 x 16 pixels")
     (place / "no-index.mp4").write_bytes(make(place / "no-index.mp4").read_bytes()[:2_000])
@@ -225,14 +225,11 @@ def _bad_clips(folder: Path) -> Iterator[Case]:
     yield _clip("missing.mp4", "no such file")
 
 
-def ten_hours(mp4: bytes) -> bytes:
-    """The clip with all its headers saying that it lasts 10 hours."""
-    found = bytearray(mp4)
-    for name, at in ((b"mvhd", 12), (b"mdhd", 12)):
-        begin = mp4.index(name) + 4
-        (scale,) = struct.unpack_from(">I", mp4, begin + at)
-        struct.pack_into(">I", found, begin + at + 4, 36_000 * scale)
-    return bytes(found)
+def ten_hours(flv: bytes) -> bytes:
+    """The clip with a header that says that it lasts 10 hours."""
+    name = b"\0\x08duration\0"
+    at = flv.index(name) + len(name)
+    return flv[:at] + struct.pack(">d", 36_000) + flv[at + 8 :]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import warnings
 from bisect import bisect_right
 from fractions import Fraction
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 from clips_made import make, make_sound, number_of, sequential
@@ -26,7 +28,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mantis_lite.data import decoder
-from mantis_lite.data.clips import ClipError, Clips
+from mantis_lite.data.clips import SIGNALS, Child, ClipError, Clips
+from mantis_lite.data.frames import Frames
+from mantis_lite.data.sample import Sample, Turn, Video
+from mantis_lite.errors import SampleError
+from mantis_lite.recipe import MediaRecipe
 
 MILLI = Fraction(1, 1000)
 FRAMES = 60
@@ -134,7 +140,7 @@ def test_nothing_is_decoded_twice_nor_needlessly(name, gop, most, monkeypatch, t
         return decode(self, packet)
 
     monkeypatch.setattr(decoder.Clip, "_decode", counted)
-    clip = decoder.Clip(str(path))
+    clip = decoder.Clip(str(path), 10_000)
     frames = clip.at_times([6.3 * k / 7 for k in range(8)])
     assert [number_of(clip.pixels(frame)) for frame in frames] == [int(6.3 * k / 7 * 25 + 1e-6) for k in range(8)]
     assert len([packet for packet in sent if packet is not None]) <= most
@@ -299,6 +305,56 @@ def test_what_is_wrong_with_a_clip(name, message, clips, tmp_path):
         assert str(error.value) == message
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return folder, corpus.write_clips(folder)
+
+
+def test_the_corpus_says_what_is_expected_of_it(written, clips):
+    """Each bad clip is named with its row, by the header where that can tell; no other is."""
+    folder, cases = written
+    frames = Frames(MediaRecipe(num_frames=8), clips=clips)
+    for case in cases:
+        path = folder / case.row["video"]
+        sample = Sample("train.json:7", case.name, (Turn("user", (Video(path),)), Turn("assistant", ("x",))))
+        if case.expected is None or case.late:
+            sample = frames.lay_out(sample)
+        if case.expected is None:
+            sizes = [image.size for image in sample.images]
+            assert [picture.size for picture in frames.open(sample)] == sizes and len(sizes) == 8, case
+            continue
+        with pytest.raises(SampleError) as error:
+            (frames.open if case.late else frames.lay_out)(sample)
+        said = str(error.value)
+        assert said.startswith(f'train.json:7 (id "{case.name}"): ') and "\n  " in said, case
+        assert str(path) in said and case.expected in said, (case, said)
+
+
+def test_pictures_that_are_too_large_are_not_decoded(clips, tmp_path, monkeypatch):
+    """By the file's header, by what a player would show, and where a stream changes."""
+    monkeypatch.setattr("mantis_lite.data.clips.MAX_PIXELS", 10_000)
+    small, large = make(tmp_path / "small.h264"), make(tmp_path / "large.h264", size=(192, 128))
+    assert len(clips.at_indices(small, [0, 29])) == 2
+    for path in (large, make(tmp_path / "large.mkv", "mjpeg", size=(192, 128))):
+        with pytest.raises(ClipError, match=r"^too large: its pictures have (192 x 128|more than 10,000) pixels, "):
+            clips.header(path)
+    with pytest.raises(ClipError, match=r"^too large: its pictures have 192 x 64 pixels, more than 10,000$"):
+        clips.header(make(tmp_path / "wide.mp4", aspect=Fraction(2)))
+    small.write_bytes(small.read_bytes() + large.read_bytes())
+    assert len(clips.at_indices(small, [0, 20])) == 2
+    with pytest.raises(ClipError, match=r"^damaged"):
+        clips.at_indices(small, [0, 45])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read(clips, tmp_path):
+    path = make(tmp_path / "x.mp4")
+    path.chmod(0)
+    with pytest.raises(ClipError, match=r"^cannot be opened: Permission denied$"):
+        clips.header(path)
+
+
 def test_a_missing_file(clips, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.mp4"):
         clips.header(tmp_path / "none.mp4")
@@ -387,6 +443,45 @@ def test_an_interrupted_call_leaves_no_half_answer(hanging, made):
     signal.signal(signal.SIGUSR1, before)
     assert clips.header(made("gop10.mp4")).frames == FRAMES
     clips.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_to_all_of_a_run_do_not_end_the_process_that_reads(number, hanging, made):
+    """Sent as soon as it is there, while it reads, and while it waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    clips = Clips(1)
+    clips._child = child = Child()
+    clips._end = child.end
+    os.kill(pid_of(clips), number)
+    assert clips.header(made("gop10.mp4")).frames == FRAMES
+    os.kill(pid_of(clips), number)
+    threading.Timer(0.2, os.kill, (pid_of(clips), number)).start()
+    with pytest.raises(ClipError, match="took more than 1 s"):
+        clips.header(hanging)
+    assert clips.header(made("gop10.mp4")).frames == FRAMES
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    clips.close()
+
+
+def test_a_signal_to_the_group_leaves_the_step_its_clips(made):
+    """As Ctrl-C in a terminal: the script's own handlers let it finish."""
+    script = (
+        "import signal, sys; from pathlib import Path; from mantis_lite.data.clips import Clips, SIGNALS\n"
+        "seen = []; [signal.signal(number, lambda number, _: seen.append(number)) for number in SIGNALS]\n"
+        "clips = Clips(20); clips.header(Path(sys.argv[1])); pid = clips._child.process.pid; print(pid, flush=True)\n"
+        "sys.stdin.readline(); frames = clips.header(Path(sys.argv[1])).frames\n"
+        "print(frames, clips._child.process.pid == pid, sorted(seen) == sorted(SIGNALS))"
+    )
+    command = [sys.executable, "-c", script, str(made("gop10.mp4"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as parent:
+        pid = int(parent.stdout.readline())
+        assert os.getpgid(pid) == parent.pid
+        for number in SIGNALS:
+            os.killpg(parent.pid, number)
+        said, _ = parent.communicate("\n", timeout=20)
+    assert said == f"{FRAMES} True True\n"
+    assert until(lambda: not runs(pid))
 
 
 def test_nothing_is_left_behind(made):
@@ -480,8 +575,31 @@ def test_workers_of_a_loader(clips, made):
     assert list(loader) == list(range(12))
 
 
+class Readers(Numbers):
+    """As Numbers, of the worker and the process that reads for it."""
+
+    def __getitem__(self, at: int) -> tuple[int, int]:
+        super().__getitem__(at)
+        return os.getpid(), pid_of(self.clips)
+
+
+def test_workers_of_a_loader_that_are_killed_leave_no_process(made):
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(Readers(Clips(20), made("b-frames.mp4")), batch_size=None, num_workers=2)
+    items = iter(loader)
+    first, second = found = dict(islice(items, 2))
+    assert len(set(found.values())) == 2 and all(runs(pid) for pid in found.values())
+    with pytest.raises(RuntimeError, match="is killed by signal: Killed"):
+        os.kill(first, signal.SIGKILL)
+        time.sleep(20)  # torch raises here, once
+    os.kill(second, signal.SIGKILL)
+    assert until(lambda: not any(runs(pid) for pid in found.values()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("state", ["idle", "hung"])
-def test_the_process_ends_with_its_parent(state, hanging, made):
+def test_the_process_ends_with_its_parent(state, number, hanging, made):
     script = (
         "import sys; from pathlib import Path; from mantis_lite.data.clips import Clips\n"
         "clips = Clips(60); clips.header(Path(sys.argv[1])); print(clips._child.process.pid, flush=True)\n"
@@ -492,7 +610,7 @@ def test_the_process_ends_with_its_parent(state, hanging, made):
         pid = int(parent.stdout.readline())
         time.sleep(0.2)
         assert runs(pid)
-        parent.kill()
+        parent.send_signal(number)
     assert until(lambda: not runs(pid))
 
 

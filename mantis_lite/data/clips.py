@@ -25,8 +25,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from .media import MAX_PIXELS
+
 DECODER = Path(__file__).with_name("decoder.py")
 """A script: FFmpeg is not to be loaded in this process."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What a terminal or a cluster sends to all processes of a run: only those that train act on it."""
 
 PIPE = 1 << 20  # bytes: a picture's pixels pass in fewer pieces than through the usual 64 KiB
 
@@ -98,7 +103,8 @@ class Clips:
                 self._end = weakref.finalize(self, self._child.end)  # with this object, or with Python
             answered = False
             try:
-                found, pixels = self._child.ask({"path": os.path.abspath(path)} | request, self.limit)
+                asked = {"path": os.path.abspath(path), "max_pixels": MAX_PIXELS}
+                found, pixels = self._child.ask(asked | request, self.limit)
                 answered = True
             finally:
                 if not answered:  # the rest of an answer would be taken for the next one's
@@ -127,7 +133,12 @@ class Child:
     def __init__(self) -> None:
         self.owner = os.getpid()
         command = [sys.executable, "-P", str(DECODER), str(self.owner)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # Blocked from before it starts, the signals never end it: it ends with its pipe, its parent or `end`.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)

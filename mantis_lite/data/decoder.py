@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -97,10 +96,13 @@ class Search:
 
 
 class Clip:
-    """An open clip; as long as it is `fresh`, it stands behind its first picture."""
+    """An open clip; as long as it is `fresh`, it stands behind its first picture.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    Its pictures may have `most` pixels each: larger ones are not decoded.
+    """
+
+    def __init__(self, path: str, most: int) -> None:
+        self.path, self.most = path, most
         self.reformatter = VideoReformatter()
         self._scan: Scan | None = None
         self.timed = False
@@ -117,6 +119,7 @@ class Clip:
         if not Fraction(1, WIDEST) <= aspect <= WIDEST:
             raise Unreadable(f"has pixels {float(aspect):.3g} times as wide as high")
         self.width, self.height = max(1, round(first.width * aspect)), first.height
+        self._refuse_large(self.width, self.height)
 
     def close(self) -> None:
         self.container.close()
@@ -170,7 +173,7 @@ class Clip:
     def scan(self) -> Scan:
         """Read every packet, of the sound too; nothing is decoded."""
         if self._scan is None:
-            container = _opened(self.path)
+            container = _opened(self.path, self.most)
             try:
                 self._scan = self._scanned(container)
             finally:
@@ -226,9 +229,13 @@ class Clip:
 
     def _begin(self) -> None:
         """Open the file and decode up to its first picture."""
-        self.container = _opened(self.path)
+        self.container = _opened(self.path, self.most)
         self.stream = _pictures(self.container)
         self.context = self.stream.codec_context
+        if not self.context.width:  # FFmpeg forgets a size that it refuses
+            raise Unreadable(f"too large: its pictures have more than {self.most:,} pixels, or no size")
+        self._refuse_large(self.context.width, self.context.height)
+        self.context.options = {"max_pixels": str(self.most)}  # where pictures become larger on the way
         self.context.thread_count = 1  # processes that load share the cores
         self.packets = _demuxed(self.container, self.stream)
         self.ready: list[VideoFrame] = []
@@ -240,6 +247,10 @@ class Clip:
         if not self.ready:
             there = any(packet.size for packet in self.sent)
             raise Unreadable("damaged: no picture can be decoded" if there else "is empty (0 frames)")
+
+    def _refuse_large(self, width: int, height: int) -> None:
+        if width * height > self.most:
+            raise Unreadable(f"too large: its pictures have {width:,} x {height:,} pixels, more than {self.most:,}")
 
     def _shown(self, targets: Sequence[int]) -> list[tuple[int, VideoFrame]]:
         """The last picture no later than each target; targets ascend. Each stretch from a key on is decoded once."""
@@ -403,9 +414,10 @@ class Clip:
         return Unreadable(f"{where}: {error.strerror}" if error else where)
 
 
-def _opened(path: str) -> InputContainer:
+def _opened(path: str, most: int) -> InputContainer:
     """Open a file as a plain local one, whatever its name or content looks like."""
-    return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    options = {"protocol_whitelist": "file", "max_pixels": str(most)}  # to open is to decode a little
+    return av.open(f"file:{path}", metadata_errors="replace", options=options)
 
 
 def _pictures(container: InputContainer) -> VideoStream:
@@ -460,7 +472,7 @@ def _turns(frame: VideoFrame) -> tuple[int, bool]:
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
     """What a request asks for: a header, or which picture each of its times or indices shows, and the pictures."""
     try:
-        clip = Clip(request["path"])
+        clip = Clip(request["path"], request["max_pixels"])
         try:
             if "count" in request:
                 return clip.header(request["count"]), []
@@ -503,7 +515,6 @@ def watch(parent: int) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     av.logging.set_level(None)
     threading.Thread(target=watch, args=(int(sys.argv[1]),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")

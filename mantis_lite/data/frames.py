@@ -114,6 +114,8 @@ class Frames:
         upstream = self.media.sampling == "upstream"
         with _told(video.source, sample):
             header = self.clips.header(video.source, count=upstream)
+            if odd := pictures.unfit(header.size):
+                raise ClipError(odd)
         if upstream:
             if video.start is not None or video.end is not None:
                 found = "a clip has a start or end, and media.sampling=upstream takes whole clips"
@@ -218,4 +220,4 @@ def _told(path: Path, sample: Sample) -> Iterator[None]:
         raise pictures.missing(path, sample) from None
     except ClipError as error:
         found = f"{path} cannot be read: {error}"
-        raise SampleError(sample.where, found, "Replace it with a whole video, or drop the row.", sample.id) from None
+        raise SampleError(sample.where, found, "Replace it, or drop the row.", sample.id) from None
