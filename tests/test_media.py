@@ -357,6 +357,13 @@ def test_the_corpus_says_what_is_expected_of_it(written):
         assert "\n  " in said and said.endswith("row."), said
 
 
+def sized_jpeg(width: int, height: int) -> bytes:
+    """A JPEG that says it has this size."""
+    content = bytearray(saved(PIL.Image.fromarray(noise()), "JPEG"))
+    struct.pack_into(">HH", content, content.index(b"\xff\xc0") + 5, height, width)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("found", "fits"),
     [((10_000, 5_000), True), ((10_001, 5_000), False), ((2_000, 10), True), ((2_001, 10), False), ((1, 200), True)],
@@ -369,15 +376,21 @@ def test_the_largest_and_the_thinnest(found, fits, suffix, tmp_path):
     if suffix == "png":
         path.write_bytes(png_header(*found))
     else:
-        content = bytearray(saved(PIL.Image.fromarray(noise()), "JPEG"))
-        struct.pack_into(">HH", content, content.index(b"\xff\xc0") + 5, *found[::-1])
-        path.write_bytes(content)
+        path.write_bytes(sized_jpeg(*found))
     if fits:
         assert max(size(Image(path), sample_of())) >= max(found)
         return
     said = "more than 50,000,000" if found[1] == 5_000 else "one side is more than 200 times the other"
     with pytest.raises(SampleError, match=rf"{found[0]:,} x {found[1]:,} pixels.*{said}\n  Scale it down or crop it"):
         size(Image(path), sample_of())
+
+
+@pytest.mark.parametrize("found", [(0, 0), (0, 30), (20, 0)], ids=str)
+def test_a_picture_without_a_pixel(found, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(sized_jpeg(*found))
+    for source in (tmp_path / "a.jpg", sized_jpeg(*found), png_header(*found)):
+        with pytest.raises(SampleError, match="cannot be read: not a JPEG"):
+            size(Image(source), sample_of())
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):

@@ -101,8 +101,6 @@ def unfit(found: tuple[int, int]) -> str | None:
     """What to say of a size in pixels that no picture may have, or None."""
     width, height = found
     named = f"{width:,} x {height:,} pixels"
-    if min(found) < 1:
-        return f"it has no pixels ({named})"
     if width * height > MAX_PIXELS:
         return f"too large: {named}, which are more than {MAX_PIXELS:,}"
     if max(found) > MAX_ASPECT * min(found):
@@ -128,7 +126,8 @@ def _eight_bits(picture: PIL.Image.Image) -> np.ndarray:
     if picture.mode == "I" and (least < 0 or not 255 < most < 1 << 16):
         raise ValueError(f"its greys are 32-bit numbers from {least:,} to {most:,}, and 16 bits are 0 to 65,535")
     scaled = ((values + 128) // 257).astype(np.uint8)  # 65,535 / 257 = 255
-    scaled[values == picture.info.get("transparency")] = 255
+    if "transparency" in picture.info:
+        scaled[values == picture.info["transparency"]] = 255
     return scaled
 
 
@@ -166,7 +165,7 @@ def _jpeg_size(path: Path) -> tuple[int, int] | None:
             found = _jpeg_header(file) if file.read(2) == b"\xff\xd8" else None
     except (OSError, struct.error):
         return None
-    return None if found is None or unfit(found) else found
+    return None if found is None or not all(found) or unfit(found) else found
 
 
 def _jpeg_header(file: io.BufferedReader) -> tuple[int, int] | None:
