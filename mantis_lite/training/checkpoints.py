@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 
 from ..errors import DiskError, ResumeError, one_line
 from ..files import sync, write_whole
+
+log = logging.getLogger("mantis_lite")
 
 MANIFEST = "manifest.json"
 """The size and SHA-256 of every other file of a folder; written last."""
@@ -104,13 +107,19 @@ def written(folder: Path, size: int | None = None) -> Iterator[Path]:
 
 
 def rotate(run_dir: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints, and the best, once the newest has been verified."""
+    """Remove all but the newest `keep` checkpoints, and the best, once the newest has been verified.
+
+    One that cannot be removed stays, with a warning.
+    """
     checkpoints = saved(run_dir)
     if keep is None or fault(checkpoints[0]) is not None:
         return
     for folder in checkpoints[max(1, keep) :]:
-        if folder != best:
-            remove(folder)
+        try:
+            if folder != best:
+                remove(folder)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", folder, error.strerror)
 
 
 def remove(folder: Path) -> None:
