@@ -22,14 +22,15 @@ LARGE = (".safetensors", ".bin", ".pt", ".parquet", ".png")
 class FakeHub:
     """Serves `folder` while the context lasts.
 
-    `requests` lists "METHOD path" in order; `received` whole requests, headers and body, but for the token; `private`
-    says of each repository that was created whether it is.
+    `requests` lists "METHOD path" in order; `received` whole requests, headers and body, but for the token, which is
+    put into `tokens`; `private` says of each repository that was created whether it is.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.requests: list[str] = []
         self.received: list[bytes] = []
+        self.tokens: set[str] = set()
         self.private: dict[str, bool] = {}
         self.commits: dict[Path, list[str]] = {}
         self.lock = threading.Lock()
@@ -132,7 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Refused(404, "RevisionNotFound", "Invalid rev id")
 
     def require_token(self) -> None:
-        if not self.headers.get("Authorization", "").startswith("Bearer hf_"):
+        kind, _, token = self.headers.get("Authorization", "").partition(" ")
+        self.hub.tokens.add(token)
+        if kind != "Bearer" or not token.startswith("hf_"):
             raise _Refused(401, "", "Invalid username or password.")
 
     def create(self, asked: dict) -> None:

@@ -315,7 +315,7 @@ def in_both_names(tensors):
     ("change", "message"),
     [
         (lambda tensors: {}, "holds no tensors\n  Copy it again"),
-        (of_another_model, r"3 of 3 tensors have no place in this llava model, first .*\n  Set model to .*tmp"),
+        (of_another_model, r"3 of 3 tensors have no place in this llava model, first .*\n  Set model to .*llava"),
         (changed(lora_C_weight=torch.ones(1)), r"1 of \d+ tensors have no place .*q_proj\.lora_C\.weight\n"),
         (in_both_names, r"2 of \d+ tensors are there by old and by new name"),
         (

@@ -65,6 +65,13 @@ class Checkpoint:
     image_processor: BaseImageProcessor
 
     @property
+    def public_name(self) -> str:
+        """What to call it elsewhere: its name on the hub, and of a folder here its last name: no path is public."""
+        if self.folder == tiny.CHECKPOINT:
+            return "tiny"
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+
+    @property
     def has_head(self) -> bool:
         """Whether it is of a class with a score head, as VideoScore's is."""
         return any(name.endswith("ForSequenceClassification") for name in self.published.get("architectures") or ())

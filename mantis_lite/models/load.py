@@ -70,6 +70,7 @@ def load_model(
         )
     if recipe.quantized:
         _check_quantized(model, checkpoint.family, recipe)
+    model.name_or_path = model.config.name_or_path = checkpoint.public_name  # what an adapter names as its base
     checkpoint.family.adapt(model)
     fuse(model, used_kernels(recipe))
     keep_less(model, recipe.memory)

@@ -123,7 +123,7 @@ class Run(Plan):
         folder = self.recipe.run_dir / ("model" if full else "adapter")
         self.trainer.numbers.require_finite(self.trainer.numbers.parameters, self.trainer.state.global_step)
         with written(folder, self.trainer.checkpoint_size()) as beside:
-            self.trainer.model.save_pretrained(beside)
+            self.trainer._save(str(beside))
             if full:
                 # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
                 self.checkpoint.copy_small_files(beside)

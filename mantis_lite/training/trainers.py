@@ -103,7 +103,9 @@ class Lasting(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The weights alone: no pickle of the arguments, and no tokenizer that the base has as well."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict)
+        # No embedding changes its size here, and PEFT would ask the hub whether one did.
+        asks_nobody = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(output_dir, state_dict=state_dict, **asks_nobody)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: each step draws from its own seed."""
