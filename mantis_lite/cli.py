@@ -6,14 +6,14 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from .data.prepare import Prepared
     from .metrics import Metrics
-    from .report.check import Check
+    from .report.check import Check, Outlook
     from .report.fit import Fit
     from .report.probe import Probe
     from .training.run import Run
@@ -68,15 +68,35 @@ def train_command(
 
 
 @app.command("check")
-def check_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Show what a recipe would train on: rows, lengths, packs, steps, and one sample. Needs no GPU and no weights."""
+def check_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read only the headers of pictures and clips.")] = False,
+    output: Annotated[Path | None, typer.Option(help="A file for every row that is rejected, one on a line.")] = None,
+) -> None:
+    """Find every row that cannot be trained on, and show what the others come to. Needs no GPU and no weights."""
+    from .errors import RecipeError
     from .recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if output is not None and output.exists():
+        raise RecipeError(f"--output: {output} exists already\n  Name another file.")
     _prepare_process()
+    from rich.console import Console
+    from rich.progress import track
+
+    from .data.prepare import write_rejects
     from .report.check import check
 
-    _show_check(check(loaded))
+    def watch(found: Any, total: int) -> Any:
+        return track(found, "decoding", total, console=Console(stderr=True), transient=True)
+
+    found = check(loaded, not quick, watch)
+    if output is not None:
+        write_rejects(found.prepared.rejects, output)
+    _show_check(found, output)
+    if found.prepared.rejects:
+        raise typer.Exit(3)
 
 
 @app.command("fit")
@@ -184,8 +204,13 @@ def main() -> None:
             refuse_secrets(word, f"word {at} of the command line")
         app()
     except (MantisError, Stopped) as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(_printable(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(error.exit_code)
+
+
+def _printable(text: str) -> str:
+    """Text from a row, without what a terminal would take for a command, and without half characters."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _prepare_process() -> None:
@@ -254,16 +279,30 @@ def _show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
         typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
 
 
-def _show_check(found: Check) -> None:
+SHOWN = 20
+"""How many rejected rows the terminal shows."""
+
+
+def _show_check(found: Check, output: Path | None) -> None:
+    if found.notice:
+        typer.echo(f"notice: {found.notice}")
+    rejects = found.prepared.rejects
+    _show_rows(found.prepared)
+    if found.outlook:
+        _show_outlook(found.outlook)
+    for reject in rejects[:SHOWN]:
+        typer.echo(_printable(f"rejected {reject}"))
+    if len(rejects) > SHOWN:
+        typer.echo(f"and {len(rejects) - SHOWN:,} more; --output=rejects.jsonl writes all of them down")
+    if output:
+        typer.echo(f"{len(rejects):,} rejected rows in {output}")
+
+
+def _show_outlook(found: Outlook) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
-    if found.notice:
-        typer.echo(f"notice: {found.notice}")
-    _show_rows(found.prepared)
-    for reject in found.prepared.rejects[:10]:
-        console.print(f"  rejected {reject}", markup=False)
     console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
     first = found.schedule.packs[: found.packs]
     size = sum(map(len, first)) / len(first)

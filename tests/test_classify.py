@@ -506,7 +506,7 @@ def test_rows_need_no_labels_to_be_scored(scored_folder, tmp_path):
 def test_check_shows_a_prompt_and_its_target(llava_folder, tmp_path):
     for problem, shown in (("regression", "good 0, fast 0"), ("single_label", "cat")):
         data = write(tmp_path / f"{problem}.json", LABELS[problem])
-        found = check(make_recipe(settings_of(llava_folder, data, tmp_path / "run", problem)))
+        found = check(make_recipe(settings_of(llava_folder, data, tmp_path / "run", problem))).outlook
         assert found.target == shown and found.trained_tokens == 0
     words = [f"data={data}", f"model={llava_folder}", "head.problem=single_label", "media.image_splitting=null"]
     said = CliRunner().invoke(app, ["check", "classify", *words])

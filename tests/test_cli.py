@@ -84,7 +84,10 @@ def test_a_bad_row_ends_in_3(data, llava_folder, tmp_path):
     bad.write_text('{"id": "a", "images": ["gone.png"], "messages": []}\n')
     done = run("check", "chat", f"data={bad}", f"model={llava_folder}")
     assert done.returncode == 3
-    assert done.stderr.startswith('SampleError: bad.jsonl:1 (id "a"): ')
+    assert '\nrejected bad.jsonl:1 (id "a"): "messages" is empty\n  Give at least' in done.stdout
+    done = run("train", "chat", f"data={bad}", f"model={llava_folder}", cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.startswith('SampleError: bad.jsonl:1 (id "a"): "messages" is empty')
 
 
 def test_train_leaves_everything_in_the_run_directory(data, llava_folder, tmp_path):
@@ -98,7 +101,7 @@ def test_train_leaves_everything_in_the_run_directory(data, llava_folder, tmp_pa
     assert [log["step"] for log in logs if "loss" in log] == [1, 2]
     assert "language_model" in done.stdout
     again = run("train", "chat", *settings, *steps, cwd=tmp_path)
-    assert (again.returncode, "--from-scratch" in again.stderr) == (2, True)
+    assert (again.returncode, "--from-scratch" in again.stderr) == (7, True)
     assert run("train", "chat", *settings, *steps, "--from-scratch", cwd=tmp_path).returncode == 0
     assert (tmp_path / "run.1/adapter").is_dir()
 

@@ -160,6 +160,27 @@ def test_image_wins_over_images_with_a_notice():
     assert sample.notices == ('"images" was ignored, as the row has "image" too',)
 
 
+def test_turns_under_two_names_are_read_once_with_a_notice():
+    row = chat("Hi", "Ho")
+    other = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "words"}]
+    sample = read({"conversation": row["messages"], "messages": other})
+    assert [turn.content for turn in sample.turns] == [("Hi",), ("Ho",)]
+    assert sample.notices == ('"messages" was ignored, as the row has "conversation" too',)
+    assert read({"conversation": row["messages"], "messages": row["messages"], "conversations": []}).notices == ()
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n\t ", [], [" ", {"type": "text", "text": ""}]])
+def test_a_blank_answer_is_trained_as_it_stands_and_counted(answer):
+    """Its end is trained, so a row is never without loss."""
+    sample = read(chat("Hi", answer, "And?", "Ho"))
+    assert "".join(sample.turns[1].content).strip() == ""
+    assert sample.notices == ("an answer is blank: it trains that there is nothing to say",)
+
+
+def test_an_answer_of_a_picture_is_not_blank():
+    assert read(chat("Hi", "<image>", images=["a.jpg"])).notices == ()
+
+
 def turns(*roles):
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
@@ -195,6 +216,8 @@ def picture(value):
         (of_user(), "turn 1 has no text", 'Give "content"'),
         (of_user(content=None, value=None), "turn 1 has no text", 'Give "content"'),
         (of_user(value=3), '"value" of turn 1 is a number', "Give a string"),
+        (of_user(content="x", value="y"), '"content" and "value" of turn 1 differ', "Keep one"),
+        ({"messages": [{"from": "gpt"} | turns("user")["messages"][0]]}, '"from" and "role" of turn 1 differ', "Keep"),
         (of_user(content={"type": "text"}), '"content" of turn 1 is an object', "Give a string"),
         (of_user(content=["x", 3]), "part 2 of turn 1 is a number", "Give {"),
         (of_user(content=[{"type": "text"}]), '"text" of part 1 of turn 1 is null', "Give a string"),

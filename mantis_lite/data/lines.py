@@ -49,7 +49,7 @@ class Lines(Sequence[Any]):
             found = _elements(file) if path.name.removesuffix(".gz").endswith(".json") else _lines(file)
             places = array("q", chain.from_iterable(found))
             self._hold(path, file)
-        self._places = np.frombuffer(places, np.int64).reshape(-1, 3) if places else np.zeros((0, 3), np.int64)
+        self._places = np.array(places, np.int64).reshape(-1, 3)
 
     @property
     def numbers(self) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -84,16 +85,17 @@ def prepare(
     seed: int = 42,
     task: Task = "chat",
     head: HeadRecipe | None = None,
+    every_fault: bool = False,
 ) -> Prepared:
     """Read, check and measure every row; opens no picture or clip beyond its header.
 
     A row that cannot be trained on is an error, or with `on_bad_row=skip` is counted, and more than 1% of them is an
     error all the same. With a `head`, rows have labels: those it states, or all that the rows name. Raises SampleError,
-    FitError, DataError.
+    FitError, DataError; with `every_fault` none of them: `rejects` then has all that is wrong, of rows and of sources.
     """
     cache = LengthCache(encoder.fingerprint)
-    prepared = Prepared(train=_samples([], []), held_out=None)
-    reader = _Reader(data, packing, encoder, cache, prepared, task, head)
+    prepared = Prepared(train=_samples([], array("q")), held_out=None)
+    reader = _Reader(data, packing, encoder, cache, prepared, task, head, every_fault)
     with _no_cycle_collection():
         prepared.train = reader.read(data.sources)
         if isinstance(data.eval, str):
@@ -105,13 +107,14 @@ def prepare(
         prepared.held_out.weights = [1.0] * len(prepared.held_out.weights)  # each is asked once
         prepared.train = prepared.train.take(np.sort(order[held_out:]))
     cache.save()
-    if not len(prepared.train):
+    if not len(prepared.train) and not every_fault:
         raise DataError(
             f"{data.sources[0].path}: no row is left to train on, of {prepared.rows_read} read\n"
             "  See why with `mantis-lite check`."
         )
-    if prepared.labels and prepared.train.targets is not None:
-        prepared.notices.update(label_notices(prepared.labels, prepared.train.targets))
+    if len(prepared.train) and prepared.labels and prepared.train.targets is not None:
+        with reader.whole():
+            prepared.notices.update(label_notices(prepared.labels, prepared.train.targets))
     return prepared
 
 
@@ -123,7 +126,7 @@ def read_rows(
     Raises SampleError, FitError, DataError.
     """
     cache = LengthCache(encoder.fingerprint)
-    prepared = Prepared(train=_samples([], []), held_out=None, labels=labels)
+    prepared = Prepared(train=_samples([], array("q")), held_out=None, labels=labels)
     with _no_cycle_collection():
         prepared.train = _Reader(data, packing, encoder, cache, prepared, task).read(data.sources)
     cache.save()
@@ -172,7 +175,7 @@ def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitEr
     return FitError(sample.where, found, remedy, sample.id)
 
 
-def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: list[tuple[int, ...]]) -> Samples:
+def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: array[int]) -> Samples:
     table = np.array(kept, dtype=np.int64).reshape(-1, 6)
     rows, weights = [rows for _, rows in opened], [spec.weight for spec, _ in opened]
     return Samples(rows, weights, table[:, 0], table[:, 1], table[:, 2:4], table[:, 4], table[:, 5])
@@ -209,11 +212,11 @@ class _Reader:
     prepared: Prepared
     task: Task = "chat"
     head: HeadRecipe | None = None
+    every_fault: bool = False
 
     def read(self, sources: list[SourceRecipe]) -> Samples:
-        specs = [spec for source in sources for spec in _specs(source, self.task)]
-        opened = [(spec, open_source(spec, self.task)) for spec in specs]
-        kept: list[tuple[int, ...]] = []
+        opened = self._open(sources)
+        kept = array("q")
         labels: list[RowLabels] = []
         with ThreadPoolExecutor(1) as pool:
             pending = deque[tuple[int, _Chunk]]()
@@ -229,9 +232,39 @@ class _Reader:
                 self._finish(number, begun, kept, labels)
         samples = _samples(opened, kept)
         if self.problem:
-            samples = self._with_targets(samples, labels)
-        refuse_too_many(self.prepared)
+            with self.whole():
+                samples = self._with_targets(samples, labels)
+        if not self.every_fault:
+            refuse_too_many(self.prepared)
         return samples
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is wrong with a source, or with all rows together, is an error, or one of every fault."""
+        try:
+            yield
+        except DataError as error:
+            if not self.every_fault:
+                raise
+            said, _, remedy = str(error).partition("\n  ")
+            where, _, found = said.partition(": ")
+            self.prepared.rejects.append(SampleError(where, found, remedy))
+
+    def _open(self, sources: list[SourceRecipe]) -> list[tuple[SourceRecipe, Rows]]:
+        """The sources and those that they list; where files share a name, a row's place has the path that was given."""
+        specs: list[SourceRecipe] = []
+        opened = []
+        for source in sources:
+            with self.whole():
+                specs += _specs(source, self.task)
+        for spec in specs:
+            with self.whole():
+                opened.append((spec, open_source(spec, self.task)))
+        names = Counter(rows.name for _, rows in opened)
+        for spec, rows in opened:
+            if names[rows.name] > 1:
+                rows.name = spec.path
+        return opened
 
     @property
     def problem(self) -> Problem | None:
@@ -262,7 +295,7 @@ class _Reader:
         measured = self.encoder.begin_measure([samples[at][1] for at in unknown], pool)
         return _Chunk(samples, keys, lengths, unknown, measured)
 
-    def _finish(self, source: int, chunk: _Chunk, kept: list[tuple[int, ...]], labels: list[RowLabels]) -> None:
+    def _finish(self, source: int, chunk: _Chunk, kept: array[int], labels: list[RowLabels]) -> None:
         """Add a chunk's rows that can be trained on: source, row, tokens, patches, images, digest; and their labels."""
         for at, measured in zip(chunk.unknown, chunk.measured(), strict=True):
             if isinstance(measured, SampleError):
@@ -274,7 +307,7 @@ class _Reader:
             if length is not None and self._fits(sample, length):
                 self.prepared.notices.update(sample.notices)
                 self.prepared.notices.update(self.encoder.frames.notices(sample, length))
-                kept.append((source, i, length.tokens, length.patches, length.images, digest(sample)))
+                kept.extend((source, i, length.tokens, length.patches, length.images, digest(sample)))
                 if of_row is not None:
                     labels.append(of_row)
 
@@ -287,7 +320,7 @@ class _Reader:
             return None
 
     def _reject(self, error: SampleError) -> None:
-        if self.data.on_bad_row == "error":
+        if self.data.on_bad_row == "error" and not self.every_fault:
             raise error
         self.prepared.rejects.append(error)
 
@@ -295,9 +328,12 @@ class _Reader:
         error = too_large(sample, length, self.packing)
         if error is None:
             return True
-        if self.data.oversize == "error":
+        if self.data.oversize == "drop":
+            self.prepared.oversize += 1
+        elif self.every_fault:
+            self.prepared.rejects.append(error)
+        else:
             raise error
-        self.prepared.oversize += 1
         return False
 
 

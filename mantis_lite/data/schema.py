@@ -28,6 +28,8 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+SPEAKERS = ("from", "role")
+CONTENTS = ("content", "text", "value")
 ALTERNATE = ("user", "assistant")
 A_TURN = '{"role": "user", "content": "..."}'
 
@@ -37,7 +39,7 @@ def parse(row: Mapping[str, Any], where: str, root: Path, task: Task = "chat") -
 
     "<image>" in a turn's text is a mark, unless the turn is a list of typed parts or the row has no picture: there it
     stays text. "<video>" is one wherever the task reads clips, and never stays text there. A row of "classify" has one
-    turn, its prompt.
+    turn, its prompt. "id" only names a row in messages: several may have the same.
     """
     try:
         if not isinstance(row, Mapping):
@@ -142,7 +144,23 @@ def _turns(row: Mapping[str, Any], root: Path, marks: tuple[Mark, ...]) -> tuple
             raise Fault(found, "Join them, or add the turn between them: user and assistant take turns.")
     if len(turns) < start + 2:
         raise Fault("no assistant turn after a user turn", "Add the assistant's answer.")
-    return turns, ("first turn was the assistant's and was dropped",) if dropped else ()
+    notices = ("first turn was the assistant's and was dropped",) if dropped else ()
+    return turns, notices + _ignored(row) + _blank(turns)
+
+
+def _ignored(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Turns under a second name, as someone leaves who has rewritten them."""
+    first, *others = [key for key in TURNS if row.get(key) is not None]
+    return tuple(
+        f'"{key}" was ignored, as the row has "{first}" too' for key in others if row[key] and row[key] != row[first]
+    )
+
+
+def _blank(turns: _Turns) -> tuple[str, ...]:
+    for role, parts in turns:
+        if role == "assistant" and not any(not isinstance(part, str) or part.strip() for part in parts):
+            return ("an answer is blank: it trains that there is nothing to say",)
+    return ()
 
 
 def _listed(row: Mapping[str, Any], marks: tuple[Mark, ...]) -> Sequence[Any]:
@@ -179,26 +197,34 @@ def _refuse_other_tasks(row: Mapping[str, Any], chat: bool, clips: bool) -> None
 def _turn(turn: Any, number: int, root: Path, marks: tuple[Mark, ...]) -> tuple[Role, _Parts]:
     if not isinstance(turn, dict):
         raise Fault(f"turn {number} is {kind_of(turn)}", f"Give an object like {A_TURN}.")
-    speaker = turn.get("from")
-    if speaker is None:
-        speaker = turn.get("role")
+    speaker = _only(turn, SPEAKERS, number)
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         found = "no role" if speaker is None else f"the unknown role {short(speaker)}"
         remedy = "Use user or human, assistant or gpt; system for the first turn only."
         raise Fault(f"turn {number} has {found}", remedy)
-    for key in ("content", "text", "value"):
-        content = turn.get(key)
-        if content is not None:
-            break
+    content = _only(turn, CONTENTS, number)
     if isinstance(content, str):
         return role, _split(content, marks)
     if content is None:
         raise Fault(f"turn {number} has no text", 'Give "content", "text" or "value"; "" is allowed.')
     if not isinstance(content, list | tuple):
+        key = next(key for key in CONTENTS if turn.get(key) is not None)
         raise Fault(f'"{key}" of turn {number} is {kind_of(content)}', "Give a string or a list of parts.")
     parts = (_typed(part, f"part {at} of turn {number}", root, marks) for at, part in enumerate(content, 1))
     return role, _merge(part for several in parts for part in several)
+
+
+def _only(turn: dict[str, Any], keys: tuple[str, ...], number: int) -> Any:
+    """What a turn has under one of the names, or None; under two of them it must be the same."""
+    found = None
+    for key in keys:
+        other = turn.get(key)
+        if found is None:
+            first, found = key, other
+        elif other is not None and other != found:
+            raise Fault(f'"{first}" and "{key}" of turn {number} differ', "Keep one of them.")
+    return found
 
 
 def _split(text: str, marks: tuple[Mark, ...]) -> _Parts:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from ..data.dataset import Schedule, schedule
 from ..data.encode import IGNORE, Encoded, Encoder
 from ..data.packing import fill
-from ..data.prepare import Prepared, prepare
+from ..data.prepare import Prepared, Samples, prepare
 from ..data.sample import Frame, Image, Sample
 from ..errors import RecipeError, SampleError
 from ..models.checkpoint import Checkpoint, open_checkpoint
@@ -44,12 +47,25 @@ class Stretch(NamedTuple):
     trained: bool
 
 
+MOST_WORKERS = 16
+"""Processes that decode: the disk is the slowest then."""
+Watch = Callable[[Iterable[SampleError | None], int], Iterable[SampleError | None]]
+"""Takes what is found of each row, in turn, and how many there will be, and hands it on."""
+
+
 @dataclass(frozen=True)
 class Check:
-    """Rows read and rejected, lengths, packs and steps, and one sample as the model gets it."""
+    """What was read, with all that is wrong in `prepared.rejects`; and what of it would train, where anything would."""
 
     prepared: Prepared
     notice: str | None
+    outlook: Outlook | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Lengths, packs and steps of the rows that are sound, and one of them as the model gets it."""
+
     schedule: Schedule
     template: str
     tokens: Spread
@@ -66,20 +82,69 @@ class Check:
     """Where a vision cache would pay: the tower is frozen, and pictures come back in later epochs."""
 
 
-def check(recipe: Recipe) -> Check:
-    """Read, measure and pack a recipe's data. Raises RecipeError, DataError, SampleError and FitError."""
+def check(recipe: Recipe, decode: bool = True, watch: Watch = lambda found, total: found) -> Check:
+    """Read, measure and pack a recipe's data, and `decode` each row's pictures and clips as a step would.
+
+    It does not stop at what is wrong with a row or a source, but lists it. Raises RecipeError, and DataError where no
+    epoch has a row.
+    """
     checkpoint = open_checkpoint(recipe.model)
     encoder = checkpoint.encoder(recipe)
-    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=stated_head(checkpoint, recipe))
-    packs = schedule(prepared.train, recipe.packing, recipe.train)
+    head = stated_head(checkpoint, recipe)
+    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head, every_fault=True)
+    if decode:
+        prepared.train = _sound(prepared.train, encoder, prepared.rejects, watch)
+        if prepared.held_out is not None:
+            prepared.held_out = _sound(prepared.held_out, encoder, prepared.rejects, watch)
+    outlook = _outlook(recipe, checkpoint, encoder, prepared) if len(prepared.train) else None
+    return Check(prepared, checkpoint.notice, outlook)
+
+
+def _sound(samples: Samples, encoder: Encoder, rejects: list[SampleError], watch: Watch) -> Samples:
+    """Those whose pictures and clips can be decoded; what is wrong with the others joins `rejects`."""
+    pictured = np.flatnonzero(samples.images)
+    rows = _Decoded(samples, pictured, encoder)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, MOST_WORKERS, len(pictured))
+    found: Iterable[SampleError | None] = DataLoader(rows, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    broken = []
+    for at, error in zip(pictured, watch(found, len(pictured)), strict=True):
+        if error is not None:
+            rejects.append(error)
+            broken.append(at)
+    return samples.take(np.delete(np.arange(len(samples)), broken)) if broken else samples
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What decoding the pictures of each sample finds wrong."""
+
+    samples: Samples
+    pictured: np.ndarray
+    encoder: Encoder
+
+    def __len__(self) -> int:
+        return len(self.pictured)
+
+    def __getitem__(self, at: int) -> SampleError | None:
+        frames = self.encoder.frames
+        try:
+            frames.open(frames.lay_out(self.samples[self.pictured[at]]), self.encoder.max_image_size)
+        except SampleError as error:
+            return error
+        return None
+
+
+def _outlook(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> Outlook | None:
+    """None where no sample is left to show."""
     samples = prepared.train
-    sample = samples[0]
-    encoded = encoder.encode(sample)
+    sample, encoded = next(_encoded(prepared, encoder), (None, None))
+    if sample is None or encoded is None:
+        return None
+    packs = schedule(samples, recipe.packing, recipe.train)
     first = packs.packs[: packs.epoch_sizes[0]]
     longest = recipe.packing.max_length if recipe.packing.enabled else int(samples.lengths[:, 0].max())
-    return Check(
-        prepared=prepared,
-        notice=checkpoint.notice,
+    return Outlook(
         schedule=packs,
         template=encoder.template.name,
         tokens=_spread(samples.lengths[:, 0]),
@@ -93,6 +158,15 @@ def check(recipe: Recipe) -> Check:
         target=_target(prepared),
         kept=_kept(recipe, checkpoint, encoder, prepared, packs),
     )
+
+
+def _encoded(prepared: Prepared, encoder: Encoder) -> Iterator[tuple[Sample, Encoded]]:
+    """Samples with what becomes of them, past those that cannot be decoded, if nothing was before."""
+    for sample in prepared.train:
+        try:
+            yield sample, encoder.encode(sample)
+        except SampleError as error:
+            prepared.rejects.append(error)
 
 
 def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
