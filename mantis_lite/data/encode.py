@@ -102,9 +102,10 @@ class Encoder:
     def reserved(self) -> list[str]:
         """Special tokens that this tokenizer cannot tell from text which looks like them, as a unigram model's."""
         vision, wrap = self.vision, self.vision.wrap
-        around = {wrap.close, wrap.chunk, *(token for token, _ in vision.tokens((512, 512)))}
+        around = {wrap.close, wrap.chunk, *(token for token, _ in vision.tokens((4096, 4096)))}
         marks = {str(mark) for mark in around if isinstance(mark, Token)} | self.template.tokens
         marks |= set(self.score.tokens) if self.score else set()
+        marks |= {added.content for added in self.tokenizer.get_added_tokens_decoder().values() if added.special}
         alike = [m for m in marks if self.token_id(m) in self.tokenizer.encode(m, add_special_tokens=False).ids]
         return sorted(alike) + list(self.template.marks)
 
