@@ -117,6 +117,7 @@ def drawn(kind: Any, config: Any, dtype: Any, quantization: Any = None, device_m
 
 def text_rows(model: Path, file: Path, lengths: Sequence[int], supervised: float = 1.0) -> Path:
     """Write chat rows of seeded words, as many tokens long, the last `supervised` share of them an answer."""
+    from mantis_lite.data.paths import MediaFolder
     from mantis_lite.data.schema import parse
     from mantis_lite.models.checkpoint import open_checkpoint
     from mantis_lite.recipe import ModelRecipe, load_recipe
@@ -130,7 +131,7 @@ def text_rows(model: Path, file: Path, lengths: Sequence[int], supervised: float
         roles = ("user", "assistant")
         return {"messages": [{"role": role, "content": words} for role, words in zip(roles, said, strict=True)]}
 
-    around = len(encoder.encode(parse(row(100, 100), "row", file.parent))) - 200
+    around = len(encoder.encode(parse(row(100, 100), "row", MediaFolder(file.parent)))) - 200
     lines = []
     for length in lengths:
         words = max(2, length - around)

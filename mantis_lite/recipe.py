@@ -97,6 +97,8 @@ class DataRecipe(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     oversize: Literal["error", "drop"] = "error"
     eval: float | str | None = None
+    outside: StrictBool = False
+    urls: StrictBool = False
 
 
 class TrainableRecipe(Section):

@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,7 +144,7 @@ BROKEN["images"][0]["bytes"] = BROKEN["images"][0]["bytes"][:200]  # its header 
 
 
 def parsed(*rows) -> list:
-    return [parse(row, f"rows:{at}", Path()) for at, row in enumerate(rows, 1)]
+    return [parse(row, f"rows:{at}", None) for at, row in enumerate(rows, 1)]
 
 
 def same(one: dict, other: dict) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from mantis_lite.data.encode import IGNORE, Encoder, Score
 from mantis_lite.data.frames import Frames
 from mantis_lite.data.lengths import Measured
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.data.schema import parse
 from mantis_lite.data.template import MLLAVA_V1
@@ -103,7 +103,7 @@ def test_trained_tokens_are_the_answers_words_and_end_token(name, texts):
 @each_template
 def test_trained_tokens_to_the_letter(name):
     encoder = ENCODERS[name]
-    sample = parse(chat("Hi <image>", "small dog.", "Sure?", "Yes!\nQuite", images=(1,)), "a:1", Path())
+    sample = parse(chat("Hi <image>", "small dog.", "Sure?", "Yes!\nQuite", images=(1,)), "a:1", None)
     *_, header = encoder.template.headers["assistant"]
     blank = " " if header.endswith(" ") else ""  # "ASSISTANT: small": the tokenizer has a token " small"
     end = encoder.template.end
@@ -120,7 +120,8 @@ def test_real_rows(name):
     # The pictures are opened and their sizes read; only the resizing, which is slow, is left out.
     quick = replace(encoder.vision, pixels=lambda picture: {"pixel_values": np.zeros((1, 3, size, size))})
     encoder = replace(encoder, vision=quick)
-    rows = [parse(row, f"train.json:{at}", EXAMPLES.parent) for at, row in enumerate(json.loads(EXAMPLES.read_text()))]
+    folder = MediaFolder(EXAMPLES.parent)
+    rows = [parse(row, f"train.json:{at}", folder) for at, row in enumerate(json.loads(EXAMPLES.read_text()))]
     assert len(rows) == 70
     lengths = encoder.measure(rows)
     for sample, length in zip(rows, lengths, strict=True):
@@ -137,8 +138,8 @@ def test_text_that_looks_like_a_token_stays_text(name, text):
     encoder = ENCODERS[name]
     part = [{"type": "text", "text": f"say {text}"}]
     row = {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": part}]}
-    ids = encoder.encode(parse(row, "a:1", Path())).input_ids.tolist()
-    plain = encoder.encode(parse(chat("say", "say"), "a:1", Path())).input_ids.tolist()
+    ids = encoder.encode(parse(row, "a:1", None)).input_ids.tolist()
+    plain = encoder.encode(parse(chat("say", "say"), "a:1", None)).input_ids.tolist()
     special = {encoder.token_id(token) for token in (*encoder.template.tokens, "<image>", "<|pad|>")}
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     assert encoder.tokenizer.decode(ids, skip_special_tokens=False).count(f"say {text}") == 2
@@ -147,7 +148,7 @@ def test_text_that_looks_like_a_token_stays_text(name, text):
 @each_template
 def test_a_prompt_is_the_sample_up_to_its_answer(name):
     encoder = ENCODERS[name]
-    whole = parse(chat("Hi <image>", "A cat.", "And?", "small dog.", images=(1,)), "a:1", Path())
+    whole = parse(chat("Hi <image>", "A cat.", "And?", "small dog.", images=(1,)), "a:1", None)
     asked = encoder.encode_prompt(replace(whole, turns=whole.turns[:-1]))
     encoded = encoder.encode(whole)
     assert encoded.input_ids[: len(asked)].tolist() == asked.input_ids.tolist()
@@ -161,7 +162,7 @@ def test_a_prompt_is_the_sample_up_to_its_answer(name):
 
 def test_a_broken_picture_is_named_and_the_others_are_measured():
     encoder = ENCODERS["llama_3"]
-    good, bad = (parse(chat("x", "y", images=(1,)), f"a:{at}", Path()) for at in (1, 2))
+    good, bad = (parse(chat("x", "y", images=(1,)), f"a:{at}", None) for at in (1, 2))
     bad = replace(bad, turns=(Turn("user", (Image(b"no picture"),)), bad.turns[1]))
     first, error, last = encoder.measure([good, bad, good])
     assert first == last == Measured(len(encoder.encode(good)), first.patches, 1)

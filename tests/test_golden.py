@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.prepare import too_large
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.data.schema import parse
@@ -60,7 +61,7 @@ def pictures():
 
 def sample_of(record: dict, pictures: dict[str, bytes]) -> Sample:
     """The recorded row, its pictures' paths replaced by their bytes."""
-    sample = parse(record["sample"], "golden:1", Path())
+    sample = parse(record["sample"], "golden:1", MediaFolder(Path()))
 
     def at_hand(part):
         return Image(pictures[part.source.name]) if isinstance(part, Image) else part

@@ -10,6 +10,7 @@ from helpers import by_size
 
 from mantis_lite.data.encode import Score
 from mantis_lite.data.labels import Labels, RowLabels, name_labels, read_labels, some
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.sample import Image, Sample, Turn, Video
 from mantis_lite.data.schema import parse
@@ -23,7 +24,7 @@ ANY = {"prompt": "How good?"}
 
 
 def read(row: dict) -> Sample:
-    return parse(row, "rows.json:3", ROOT, "classify")
+    return parse(row, "rows.json:3", MediaFolder(ROOT), "classify")
 
 
 @pytest.mark.parametrize(

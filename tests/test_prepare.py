@@ -11,6 +11,7 @@ from helpers import by_size, chat, picture, recipe, write_rows
 from mantis_lite.data import media
 from mantis_lite.data.dataset import pack_epoch
 from mantis_lite.data.lengths import cache_dir
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.prepare import Prepared, prepare, write_rejects
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import DataError, FitError, SampleError
@@ -50,7 +51,7 @@ def test_every_row_with_its_length(tmp_path):
     assert ids(prepared.train) == [str(at) for at in range(10)]
     assert prepared.train.images.tolist() == [at % 3 for at in range(10)]
     for row, sample, length in zip(rows, prepared.train, prepared.train.lengths, strict=True):
-        assert length[0] == len(ENCODER.encode(sample)) == len(ENCODER.encode(parse(row, "", tmp_path)))
+        assert length[0] == len(ENCODER.encode(sample)) == len(ENCODER.encode(parse(row, "", MediaFolder(tmp_path))))
         assert length[1] == len(sample.images) * (40 * 30 // 16)
     assert (prepared.rows_read, prepared.rejects, prepared.oversize, prepared.held_out) == (10, [], 0, None)
 

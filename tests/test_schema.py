@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.sample import Image, Sample
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import SampleError
@@ -21,7 +22,7 @@ def chat(*texts, **row):
 
 
 def read(row) -> Sample:
-    return parse(row, "train.json:7", ROOT)
+    return parse(row, "train.json:7", MediaFolder(ROOT))
 
 
 def contents(row) -> list[tuple]:

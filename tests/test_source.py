@@ -78,7 +78,7 @@ def test_json_files(tmp_path, name, pack):
     (tmp_path / name).write_bytes(pack(rows_with(1, 0, 2)))
     source = opened(tmp_path / name)
     assert all_rows(source) == rows_with(1, 0, 2)
-    assert (source.name, source.root, source.dropped) == (name, tmp_path, {})
+    assert (source.name, source.media.folder, source.dropped) == (name, tmp_path, {})
     assert [source.where(i) for i in range(3)] == [f"{name}:{number}" for number in (1, 2, 3)]
     assert all_rows(pickle.loads(pickle.dumps(source))) == all_rows(source)
 
@@ -105,9 +105,9 @@ def test_a_bad_line_is_named_when_it_is_read(tmp_path, line, found):
 
 
 def check_pictured(source, name: str, root: Path) -> None:
-    assert (source.name, source.root) == (name, root)
+    assert (source.name, source.media.folder) == (name, root)
     assert ids(source) == ["0", "1"]
-    assert parse(source.row(0), source.where(0), root).images == (Image(PNG.getvalue()),)
+    assert parse(source.row(0), source.where(0), source.media).images == (Image(PNG.getvalue()),)
     assert source.where(1) == f"{name}:2"
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mantis_lite.data.collate import collate
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.sample import Image, Turn
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import RecipeError
@@ -429,7 +430,7 @@ def batches(base, trace):
         return Image(pictures[found.source.name]) if isinstance(found, Image) else found
 
     def batch(record):
-        sample = parse(record["sample"], "golden:1", Path())
+        sample = parse(record["sample"], "golden:1", MediaFolder(Path()))
         turns = tuple(Turn(turn.role, tuple(map(part, turn.content))) for turn in sample.turns)
         encoded, end = base[0].encode(replace(sample, turns=turns)), record["seq_len_expanded"]
         return collate([replace(encoded, input_ids=encoded.input_ids[:end], labels=encoded.labels[:end])])

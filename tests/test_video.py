@@ -20,6 +20,7 @@ from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.frames import Frames, upstream_indices
 from mantis_lite.data.lengths import content_key
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.sample import Frame, Image, Sample, Turn, Video
 from mantis_lite.data.schema import parse
@@ -42,7 +43,7 @@ def row(*texts, **columns) -> dict:
 
 
 def read(found, task="video") -> Sample:
-    return parse(found, "train.json:7", ROOT, task)
+    return parse(found, "train.json:7", MediaFolder(ROOT), task)
 
 
 def asked(found, task="video") -> tuple:
@@ -355,7 +356,7 @@ def test_a_model_takes_a_clip(checkpoint_of, family, clip):
 def prepared(path: Path, rows: list[dict], media: dict, **data):
     path.write_text(json.dumps(rows))
     encoder = by_size(frames=Frames(MediaRecipe(**media)))
-    sources = DataRecipe(sources=[SourceRecipe(path=str(path))], **data)
+    sources = DataRecipe(sources=[SourceRecipe(path=str(path))], outside=True, **data)
     return prepare(sources, PackingRecipe(), encoder, task="video")
 
 
@@ -405,7 +406,8 @@ def test_too_many_frames_for_a_pack_say_what_to_do(clip, tmp_path):
         path = tmp_path / "rows.json"
         path.write_text(json.dumps([row("x", "y", video=str(clip))]))
         encoder = by_size(frames=Frames(MediaRecipe(num_frames=8)))
-        prepare(DataRecipe(sources=[SourceRecipe(path=str(path))]), PackingRecipe(max_length=99), encoder, task="video")
+        data = DataRecipe(sources=[SourceRecipe(path=str(path))], outside=True)
+        prepare(data, PackingRecipe(max_length=99), encoder, task="video")
     assert "(8 images); packing.max_length is 99\n  Raise packing.max_length, take fewer frames of a clip, or" in str(
         caught.value
     )
@@ -495,7 +497,7 @@ def test_frames_pixels_and_prompt_of_the_original(golden, name, case):
     encoder = open_checkpoint(settings.model).encoder(settings)
     found = dict(record["sample"])
     found["conversation"] = found["conversation"][:6]
-    sample = parse(found, "golden:1", REAL, "video")
+    sample = parse(found, "golden:1", MediaFolder(REAL), "video")
     assert sample.turns[0].content[0] == Video(REAL / found["video"])
     laid_out = encoder.frames.lay_out(sample)
     assert [image.at for image in laid_out.images] == record["frame_indices"]

@@ -6,10 +6,12 @@ import base64
 import binascii
 from collections.abc import Mapping
 from math import isfinite
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .sample import Image, Video
+
+if TYPE_CHECKING:
+    from .paths import MediaFolder
 
 
 class Fault(Exception):
@@ -19,7 +21,7 @@ class Fault(Exception):
         self.found, self.remedy = found, remedy
 
 
-def pictures_of(row: Mapping[str, Any], root: Path) -> tuple[list[Image], tuple[str, ...]]:
+def pictures_of(row: Mapping[str, Any], root: MediaFolder) -> tuple[list[Image], tuple[str, ...]]:
     """The pictures of `image`, else of `images`; and what was ignored."""
     one, many = row.get("image"), row.get("images")
     key, found = ("image", one) if one else ("images", many)
@@ -32,7 +34,7 @@ def pictures_of(row: Mapping[str, Any], root: Path) -> tuple[list[Image], tuple[
     return [read_image(found, f'"{key}"', root)], ignored
 
 
-def clips_of(row: Mapping[str, Any], root: Path) -> list[Video]:
+def clips_of(row: Mapping[str, Any], root: MediaFolder) -> list[Video]:
     """The clips of `video`, else of `videos`; "start" and "end" beside the only one are its own."""
     given = {key: row[key] for key in ("video", "videos") if row.get(key) not in (None, [], ())}
     if not given:
@@ -47,7 +49,7 @@ def clips_of(row: Mapping[str, Any], root: Path) -> list[Video]:
     return [read_clip(item, f'"{key}"[{at}]', root, row) for at, item in enumerate(found)]
 
 
-def read_image(found: Any, place: str, root: Path) -> Image:
+def read_image(found: Any, place: str, root: MediaFolder) -> Image:
     if isinstance(found, dict):
         data, found = found.get("bytes"), found.get("path")
         if data is not None:  # beside bytes a path is only a name
@@ -58,10 +60,10 @@ def read_image(found: Any, place: str, root: Path) -> Image:
         return Image(found)
     if not isinstance(found, str):
         raise Fault(f"{place} is {kind_of(found)}", 'Give a path, or {"path": ..., "bytes": ...}.')
-    return Image(_data_uri(found, place) if found.startswith("data:") else _path(found, place, root, "picture"))
+    return Image(_data_uri(found, place) if found.startswith("data:") else root.find(found, place, "picture"))
 
 
-def read_clip(found: Any, place: str, root: Path, beside: Mapping[str, Any] | None = None) -> Video:
+def read_clip(found: Any, place: str, root: MediaFolder, beside: Mapping[str, Any] | None = None) -> Video:
     """A clip: a path, a list of its frames, or either as "path" or "video"; with "start" and "end" in s or `beside`."""
     part = dict(beside or {})
     if isinstance(found, dict):
@@ -78,15 +80,7 @@ def read_clip(found: Any, place: str, root: Path, beside: Mapping[str, Any] | No
         return Video(tuple(read_image(item, f"frame {at} of {place}", root) for at, item in enumerate(found, 1)))
     if not isinstance(found, str):
         raise Fault(f"{place} is {kind_of(found)}", 'Give a path, a list of frames, or {"path": ..., "start": s}.')
-    return Video(_path(found, place, root, "clip"), start, end)
-
-
-def _path(found: str, place: str, root: Path, kind: str) -> Path:
-    if "://" in found or found.startswith("data:"):
-        raise Fault(f"{place} is a link ({short(found)})", f"Download the {kind} and give the file's path.")
-    if not found:
-        raise Fault(f"{place} is an empty path", f"Give the file's path, or take the {kind} out of the row.")
-    return root / found
+    return Video(root.find(found, place, "clip"), start, end)
 
 
 def _seconds(found: Any, place: str) -> float | None:

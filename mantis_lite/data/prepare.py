@@ -259,7 +259,7 @@ class _Reader:
                 specs += _specs(source, self.task)
         for spec in specs:
             with self.whole():
-                opened.append((spec, open_source(spec, self.task)))
+                opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
         names = Counter(rows.name for _, rows in opened)
         for spec, rows in opened:
             if names[rows.name] > 1:

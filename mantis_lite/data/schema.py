@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import Any, cast
 
 from ..errors import SampleError
 from ..recipe import Task
 from .columns import Fault, clips_of, kind_of, pictures_of, read_clip, read_image, short
+from .paths import MediaFolder
 from .sample import Image, Role, Sample, Turn, Video
 
 
@@ -34,13 +35,14 @@ ALTERNATE = ("user", "assistant")
 A_TURN = '{"role": "user", "content": "..."}'
 
 
-def parse(row: Mapping[str, Any], where: str, root: Path, task: Task = "chat") -> Sample:
-    """Read one row; paths in it are relative to `root`. Raises SampleError.
+def parse(row: Mapping[str, Any], where: str, root: MediaFolder | None, task: Task = "chat") -> Sample:
+    """Read one row, whose files lie in `root`; without one it may have none. Raises SampleError.
 
     "<image>" in a turn's text is a mark, unless the turn is a list of typed parts or the row has no picture: there it
     stays text. "<video>" is one wherever the task reads clips, and never stays text there. A row of "classify" has one
     turn, its prompt. "id" only names a row in messages: several may have the same.
     """
+    root = root or MediaFolder()
     try:
         if not isinstance(row, Mapping):
             raise Fault(f"the row is {kind_of(row)}", 'Give {"images": [...], "messages": [...]}.')
@@ -49,17 +51,20 @@ def parse(row: Mapping[str, Any], where: str, root: Path, task: Task = "chat") -
         _refuse_half_characters(read)
     except Fault as fault:
         raise SampleError(where, fault.found, fault.remedy, _id(row)) from None
-    return Sample(where, _id(row), read, notices, labels)
+    sample = Sample(where, _id(row), read, notices, labels)
+    if root.urls and root.fetches(sample):
+        return replace(sample, notices=(*notices, "pictures are behind links: they were fetched, and are kept"))
+    return sample
 
 
-def _chat(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+def _chat(row: Mapping[str, Any], root: MediaFolder) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     turns, notices = _turns(row, root, (Mark.IMAGE,))
     images, ignored = pictures_of(row, root)
     literal = () if images else _marks_as_text(row, turns)
     return _pair(turns, {Mark.IMAGE: images}), notices + ignored + literal
 
 
-def _video(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+def _video(row: Mapping[str, Any], root: MediaFolder) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """As chat, with clips; pictures that no mark asks for, in a row without a clip, are one clip's frames."""
     turns, notices = _turns(row, root, tuple(Mark))
     images, ignored = pictures_of(row, root)
@@ -70,7 +75,7 @@ def _video(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[
     return _pair(turns, {Mark.VIDEO: videos, Mark.IMAGE: images}), notices + ignored + literal
 
 
-def _classify(row: Mapping[str, Any], root: Path) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+def _classify(row: Mapping[str, Any], root: MediaFolder) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """The prompt with its pictures and clips; as upstream, those without a mark stand behind it, a blank after each."""
     if row.get("prompt") is None and (key := next((key for key in TURNS if row.get(key) is not None), None)):
         raise Fault(
@@ -127,7 +132,7 @@ def _id(row: Any) -> str | None:
     return None if found is None else str(found)
 
 
-def _turns(row: Mapping[str, Any], root: Path, marks: tuple[Mark, ...]) -> tuple[_Turns, tuple[str, ...]]:
+def _turns(row: Mapping[str, Any], root: MediaFolder, marks: tuple[Mark, ...]) -> tuple[_Turns, tuple[str, ...]]:
     """The turns of the row, checked to alternate from the user's; and what was dropped."""
     turns = [_turn(turn, number, root, marks) for number, turn in enumerate(_listed(row, marks), 1)]
     start = 1 if turns[0][0] == "system" else 0
@@ -194,7 +199,7 @@ def _refuse_other_tasks(row: Mapping[str, Any], chat: bool, clips: bool) -> None
         )
 
 
-def _turn(turn: Any, number: int, root: Path, marks: tuple[Mark, ...]) -> tuple[Role, _Parts]:
+def _turn(turn: Any, number: int, root: MediaFolder, marks: tuple[Mark, ...]) -> tuple[Role, _Parts]:
     if not isinstance(turn, dict):
         raise Fault(f"turn {number} is {kind_of(turn)}", f"Give an object like {A_TURN}.")
     speaker = _only(turn, SPEAKERS, number)
@@ -257,7 +262,7 @@ def _merge(parts: Iterable[str | Image | Video | Mark]) -> _Parts:
     return merged
 
 
-def _typed(part: Any, place: str, root: Path, marks: tuple[Mark, ...]) -> _Parts:
+def _typed(part: Any, place: str, root: MediaFolder, marks: tuple[Mark, ...]) -> _Parts:
     """One part of a turn as TRL and OpenAI write them; a mark where the row's next picture or clip goes."""
     # A literal "<image>" here stays text: the pictures have parts of their own.
     in_text = tuple(mark for mark in marks if mark is not Mark.IMAGE)

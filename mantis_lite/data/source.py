@@ -17,8 +17,11 @@ from ..errors import DataError, SampleError
 from ..recipe import SourceRecipe, Task
 from ..secrets import refuse_secrets
 from ..yaml_text import load_yaml, read_text
+from .archives import SUFFIXES as ARCHIVES
+from .archives import unpack
 from .columns import Fault
 from .lines import Lines
+from .paths import MediaFolder
 from .sample import Sample
 from .schema import parse
 
@@ -51,10 +54,10 @@ class Rows:
 
     task: Task = "chat"
 
-    def __init__(self, name: str, root: Path, records: Any, decode: Any = None, numbers: Any = None) -> None:
+    def __init__(self, name: str, root: Path | None, records: Any, decode: Any = None, numbers: Any = None) -> None:
         if not len(records):
             raise _fault(name, "there are no rows in it", "Give a source with rows.")
-        self.name, self.root = name, root
+        self.name, self.media = name, MediaFolder(root)
         self.selected = np.arange(len(records))
         self.dropped: dict[str, int] = {}
         self._records, self._decode = records, decode
@@ -81,7 +84,7 @@ class Rows:
 
     def sample(self, i: int) -> Sample:
         """The row, read. Raises SampleError."""
-        return parse(self.row(i), self.where(i), self.root, self.task)
+        return parse(self.row(i), self.where(i), self.media, self.task)
 
     def select(self, spec: SourceRecipe) -> Rows:
         """Keep the rows that the settings ask for, in order; raises DataError when none is left."""
@@ -110,11 +113,12 @@ class Rows:
         self.dropped |= {setting: int(dropped.sum()) for setting, dropped in rows.items() if dropped.any()}
 
 
-def open_source(spec: SourceRecipe, task: Task = "chat") -> Rows:
+def open_source(spec: SourceRecipe, task: Task = "chat", outside: bool = False, urls: bool = False) -> Rows:
     """Open what `spec.path` names for a task and keep the rows its settings ask for; raises DataError.
 
     A file (.json or .jsonl, with .gz or without; .parquet), a folder of Parquet, a folder of
-    `Dataset.save_to_disk`, or user/name[:config][:split] on the Hub.
+    `Dataset.save_to_disk`, or user/name[:config][:split] on the Hub. What rows name lies in its folder or `media_dir`,
+    but for `outside` and `urls` of the recipe's data.
     """
     path = Path(spec.path)
     if path.is_dir():
@@ -122,9 +126,19 @@ def open_source(spec: SourceRecipe, task: Task = "chat") -> Rows:
     else:
         rows = _open_file(path, spec) if path.is_file() else _open_hub(spec)
     rows.task = task
-    if spec.media_dir is not None:
-        rows.root = Path(spec.media_dir)
+    folder = rows.media.folder if spec.media_dir is None else _media_dir(Path(spec.media_dir))
+    rows.media = MediaFolder(folder, outside, urls)
     return rows.select(spec)
+
+
+def _media_dir(path: Path) -> Path:
+    """A folder, or that of an archive, unpacked."""
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name.endswith(ARCHIVES):
+        return unpack(path)
+    found = "no such folder" if not path.exists() else "neither a folder nor an archive"
+    raise _fault(path, f"media_dir is {found}", f"Name the folder of the files, or a {' or '.join(ARCHIVES)} of it.")
 
 
 def expand(path: str, task: Task = "chat") -> list[dict[str, Any]]:
@@ -247,7 +261,7 @@ def _read_parquet(files: list[Path]) -> Any:
         raise _fault(files[0], f"not Parquet of one layout: {_line(error)}", "Write it again.") from None
 
 
-def _arrow(name: str, root: Path, dataset: Any) -> Rows:
+def _arrow(name: str, root: Path | None, dataset: Any) -> Rows:
     from datasets import ClassLabel
 
     classes = {column: kind for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
@@ -280,7 +294,7 @@ def _open_hub(spec: SourceRecipe) -> Rows:
             raise
         remedy = "datasets>=4 runs none: name a revision with Parquet files, often refs/convert/parquet."
         raise _fault(spec.path, "the dataset is a script", remedy) from None
-    return _arrow(f"{repo}:{dataset.info.config_name}:{split}", Path(), dataset)
+    return _arrow(f"{repo}:{dataset.info.config_name}:{split}", None, dataset)
 
 
 def _hub_name(spec: SourceRecipe) -> tuple[str, str | None, str]:
