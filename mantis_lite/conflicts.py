@@ -125,9 +125,8 @@ def _head_conflicts(recipe: Recipe) -> Iterator[str]:
         yield "head.class_weights: which is whose, is known where head.labels gives the order\n  State head.labels."
     if head.score == "special_tokens" and not head.labels:
         yield "head.labels: special_tokens writes the labels' names into the prompt\n  State head.labels."
-    for key in ("label_smoothing_factor", "batch_eval_metrics"):
-        if recipe.train.get(key):
-            yield f"train.{key}: has no effect on a score head, or a wrong one\n  Leave it out."
+    if recipe.train.get("batch_eval_metrics"):
+        yield "train.batch_eval_metrics: has a wrong effect on a score head\n  Leave it out."
     unused = ["labels"] if head.score == "special_tokens" else ["template", "system", "labels"]
     if changed := [key for key in _changed(recipe.prompt) if key in unused]:
         yield f"prompt.{changed[0]}: has no effect with task=classify, head.score={head.score}\n  Leave it out."

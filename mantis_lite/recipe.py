@@ -42,6 +42,7 @@ REFUSED = {
     "per_device_eval_batch_size": "a pack is the batch; size it with packing.max_length",
     "output_dir": "the run's folder is run_dir",
     "remove_unused_columns": "the batch is made by the package, and nothing in it is unused",
+    "label_smoothing_factor": "it would hold all logits at once, and a pack without an answer would have a loss of NaN",
     "gradient_checkpointing": "set memory.checkpointing",
     "gradient_checkpointing_kwargs": "set memory.checkpointing",
     "optim": "set memory.optimizer",

@@ -299,8 +299,8 @@ SCORED = {"task": "classify", "head": {"problem": "single_label"}}
             "head.labels: special_tokens writes the labels' names into the prompt\n  State head.labels.",
         ),
         (
-            SCORED | {"train": {"label_smoothing_factor": 0.1}},
-            "train.label_smoothing_factor: has no effect on a score head",
+            SCORED | {"train": {"batch_eval_metrics": True}},
+            "train.batch_eval_metrics: has a wrong effect on a score head\n  Leave it out.",
         ),
         (
             SCORED | {"prompt": {"system": "x"}},
