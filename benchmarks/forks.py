@@ -11,17 +11,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from mantis_lite.errors import MantisError, Stopped
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training import curve, run
+
+from . import stock
+from .faults import faults
 
 LIMIT = 120
 """Seconds after which a run is taken to hang."""
@@ -35,47 +39,40 @@ class Forks:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
         )
+        self.numbers = count()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0]:
+            self.process.terminate()  # with the run that is in its way
         self.process.communicate()
 
     def __call__(self, settings: dict[str, Any], **job: Any) -> dict[str, Any]:
         """Train a recipe; returns its `status` (an exit code, or minus a signal), what it `said`, and its `seconds`.
 
-        `kill_after` seconds it is killed; `kill_at` a step it kills itself, having saved it or not as `saved` says;
-        `signals` are [seconds after the first step, signal]; `options` are those of `start`.
+        After `kill_after` seconds it is killed; what else may go wrong is in `faults`; `options` are those of `start`;
+        `environment` is added to the child's. With `stock`, the settings are those of `benchmarks.stock`. A run that
+        hangs is an assertion.
         """
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"settings": settings, **job}) + "\n")
+        return self.end(self.begin(settings, **job))
+
+    def begin(self, settings: dict[str, Any], **job: Any) -> int:
+        """Begin a job without waiting for it; returns its number."""
+        assert self.process.stdin
+        number = next(self.numbers)
+        self.process.stdin.write(json.dumps({"number": number, "settings": settings, **job}) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        return number
 
-
-class KillAt(TrainerCallback):
-    """Kills its own process at the end of a step, before it is saved or after."""
-
-    def __init__(self, step: int, saved: bool) -> None:
-        self.step, self.saved = step, saved
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step and not self.saved:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Signalled(TrainerCallback):
-    """Sends its own process signals in the middle of a step."""
-
-    def __init__(self, signals: list[tuple[int, int]]) -> None:
-        self.signals = dict(signals)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if number := self.signals.pop(state.global_step + 1, None):
-            os.kill(os.getpid(), number)
+    def end(self, number: int) -> dict[str, Any]:
+        """The answer to a job that was begun."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            if answer.pop("number") == number:  # not that of a call which was interrupted as it waited
+                assert not answer.pop("hangs"), f"no end after {LIMIT} s: {answer['said']}"
+                return answer
+        raise AssertionError(f"the process that forks ended with {self.process.wait()}")
 
 
 def main() -> None:
@@ -83,59 +80,68 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     assert curve and run  # imported before the first fork
     for line in sys.stdin:
         job = json.loads(line)
-        reading, writing = os.pipe()
-        begun = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            _child(job, writing)
-        os.close(writing)
-        status = _wait(child, begun, job.get("kill_after"))
-        with open(reading, encoding="utf-8") as said:
-            answer = {"status": status, "said": said.read(), "seconds": time.monotonic() - begun}
+        with tempfile.TemporaryFile() as said:  # a pipe would be full at some time
+            begun = time.monotonic()
+            child = os.fork()
+            if child == 0:
+                _child(job, said)
+            status, hangs = _wait(child, begun, job.get("kill_after"))
+            seconds = time.monotonic() - begun
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+        answer = {"number": job["number"], "status": status, "hangs": hangs, "said": text, "seconds": seconds}
         print(json.dumps(answer), flush=True)
 
 
-def _child(job: dict[str, Any], said: int) -> None:
+def _child(job: dict[str, Any], said: BinaryIO) -> None:
     os.setpgid(0, 0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(said, 2)
-    callbacks: list[TrainerCallback] = []
-    if "kill_at" in job:
-        callbacks.append(KillAt(job["kill_at"], job.get("saved", True)))
-    if "signals" in job:
-        callbacks.append(Signalled(job["signals"]))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    os.dup2(said.fileno(), 2)
+    os.environ.update(job.get("environment", {}))
     code = 1
     try:
-        started = run.start(make_recipe(job["settings"]), callbacks, **job.get("options", {}))
-        os.write(2, "".join(f"notice: {notice}\n" for notice in started.notices).encode())
-        started.train()
+        _train(job)
         code = 0
     except (MantisError, Stopped) as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
         code = error.exit_code
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT  # as a shell has it of Python
     except BaseException as error:  # whatever it is must be told, and no child may go on as the parent
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     os._exit(code)
 
 
-def _wait(child: int, begun: float, kill_after: float | None) -> int:
+def _train(job: dict[str, Any]) -> None:
+    if job.get("stock"):
+        stock.train(job["settings"], faults(job))
+        return
+    started = run.start(make_recipe(job["settings"]), faults(job), **job.get("options", {}))
+    os.write(2, "".join(f"notice: {notice}\n" for notice in started.notices).encode())
+    started.train()
+
+
+def _wait(child: int, begun: float, kill_after: float | None) -> tuple[int, bool]:
+    """The status of a child that has ended, or is killed when its time is over; and whether it seemed to hang."""
     until = begun + (LIMIT if kill_after is None else kill_after)
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.002)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # workers that outlive it
-    return os.waitstatus_to_exitcode(status)
+    hangs = False
+    try:
+        while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > until:
+                hangs = kill_after is None
+                os.kill(child, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # it, where this one ends, and workers that outlive it
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), hangs
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +75,14 @@ def of_task(task: str, folder, tmp_path: Path) -> dict:
     return settings_of(folder, str(tmp_path / "rows.json"), **more)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("task", ["chat", "video", "classify"])
+EVERY = [
+    pytest.param(task, workers, marks=[] if (task, workers) in (("chat", 0), ("video", 2)) else pytest.mark.slow)
+    for task in ("chat", "video", "classify")
+    for workers in (0, 2)
+]
+
+
+@pytest.mark.parametrize(("task", "workers"), EVERY)
 def test_a_run_killed_at_every_step_is_the_run_that_was_not(forks, llava_folder, tmp_path, task, workers):
     settings = of_task(task, llava_folder, tmp_path)
     settings["train"] |= {"num_train_epochs": 2, "samples_per_step": 4, "dataloader_num_workers": workers}
@@ -110,6 +116,8 @@ def straight(forks, settings, tmp_path_factory):
     return run_dir, done["seconds"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_sixty_kills_at_random_moments_lose_nothing(forks, settings, straight, tmp_path):
     run_dir, seconds = straight
     drawn = np.random.default_rng(0).uniform(0.05, 0.95, 400)
@@ -139,3 +147,140 @@ def test_a_signal_has_the_step_finished_and_saved(forks, settings, straight, tmp
     assert resumed["status"] == 0 and "goes on from checkpoint-2" in resumed["said"], resumed["said"]
     assert curve_of(tmp_path / "run") == curve_of(straight[0])
     assert weights_of(tmp_path / "run") == weights_of(straight[0])
+
+
+def test_a_second_interrupt_ends_at_once(forks, settings, tmp_path):
+    stopped = trained(forks, settings, tmp_path / "run", signals=[(2, signal.SIGINT), (2, signal.SIGINT)])
+    assert stopped["status"] == -signal.SIGINT
+    assert "SIGINT: finishing the step and saving; Ctrl-C again ends at once" in stopped["said"]
+    assert trained(forks, settings, tmp_path / "run")["status"] == 0
+
+
+def test_a_signal_in_an_evaluation_saves_at_once_and_owes_it(forks, settings, tmp_path):
+    data = {"sources": settings["data"], "eval": 0.2}
+    more = {"data": data, "eval": {"every": 2}, "train": settings["train"] | {"save_steps": 100}}
+    assert trained(forks, settings | more, tmp_path / "straight")["status"] == 0
+    stopped = trained(forks, settings | more, tmp_path / "run", signal_in_evaluation=signal.SIGTERM)
+    assert stopped["status"] == 143 and "saved " in stopped["said"] and "checkpoint-2" in stopped["said"]
+    assert not [log for log in logs_of(tmp_path / "run") if "eval_loss" in log]
+    assert trained(forks, settings | more, tmp_path / "run")["status"] == 0
+    assert curve_of(tmp_path / "run") == curve_of(tmp_path / "straight")
+
+
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(forks, settings, straight, tmp_path):
+    assert trained(forks, settings, tmp_path / "run", kill_at=3)["status"] == -9
+    damaged = tmp_path / "run/checkpoint-3/optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    resumed = trained(forks, settings, tmp_path / "run")
+    assert resumed["status"] == 0, resumed["said"]
+    assert "notice: checkpoint-3 is skipped: optimizer.pt is not as it was written" in resumed["said"]
+    assert "notice: goes on from checkpoint-2" in resumed["said"]
+    assert weights_of(tmp_path / "run") == weights_of(straight[0])
+
+
+def test_a_run_never_begins_anew_by_itself(forks, settings, tmp_path):
+    assert trained(forks, settings, tmp_path / "run", kill_at=2)["status"] == -9
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / "manifest.json").unlink()
+    refused = trained(forks, settings, tmp_path / "run")
+    assert refused["status"] == 7, refused["said"]
+    found = (
+        "has no checkpoint that is whole; checkpoint-2 is skipped: there is no manifest.json; checkpoint-1 is skipped"
+    )
+    assert found in refused["said"] and "add --from-scratch to move the run aside and begin anew" in refused["said"]
+    anew = trained(forks, settings, tmp_path / "run", options={"from_scratch": True})
+    assert anew["status"] == 0 and (tmp_path / "run.1/checkpoint-2/optimizer.pt").is_file()
+    again = trained(forks, settings, tmp_path / "run")
+    assert again["status"] == 7 and "holds a finished run" in again["said"]
+
+
+def test_a_start_that_saved_nothing_is_told_of(forks, settings, tmp_path):
+    assert trained(forks, settings, tmp_path / "run", kill_at=1, saved=False)["status"] == -9
+    again = trained(forks, settings, tmp_path / "run")
+    assert again["status"] == 0
+    assert "notice: an earlier start in this folder had saved no checkpoint: begins at step 0" in again["said"]
+
+
+@pytest.fixture
+def begun(forks, settings, tmp_path):
+    """The settings of a run that was killed after its second step, on rows of its own."""
+    own = settings | {"data": chat_rows(tmp_path), "run_dir": str(tmp_path / "run")}
+    assert forks(own, kill_at=2)["status"] == -9
+    return own
+
+
+def test_another_recipe_is_refused_with_the_difference_or_accepted(forks, begun):
+    now = begun | {"train": begun["train"] | {"learning_rate": 0.001}, "packing": {"max_length": 200}}
+    refused = forks(now)
+    assert refused["status"] == 7, refused["said"]
+    assert (
+        "another packing.max_length: 256 before, 200 now\n  another train.learning_rate: 0.02 before, 0.001 now"
+        in (refused["said"])
+    )
+    accepted = forks(now, options={"accept_changes": True})
+    assert accepted["status"] == 0, accepted["said"]
+    assert "notice: accepted: another train.learning_rate: 0.02 before, 0.001 now" in accepted["said"]
+    rates = [log["learning_rate"] for log in logs_of(Path(begun["run_dir"])) if "loss" in log]
+    assert max(rates[:2]) > 0.001 >= max(rates[2:]) > 0
+    assert forks(now)["status"] == 7  # finished
+
+
+@pytest.mark.parametrize(
+    "changed", [{"lora": {"r": 4, "dropout": 0.2}}, {"memory": {"optimizer": "sgd", "kernels": "off"}}]
+)
+def test_what_a_checkpoint_is_made_by_cannot_be_another(forks, begun, changed):
+    refused = forks(begun | changed, options={"accept_changes": True})
+    assert refused["status"] == 7 and "holds a run with another " in refused["said"]
+    assert "Add --from-scratch to move it aside, or set another run_dir." in refused["said"]
+
+
+def test_other_data_is_refused_with_the_difference_or_accepted(forks, begun, tmp_path):
+    file = Path(begun["data"])
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([rows[0], rows[1].replace("red", "tan"), *rows[2:]]) + "\n")
+    refused = forks(begun)
+    assert refused["status"] == 7 and "another data: 1 of 16 rows, the first being rows.jsonl:2\n" in refused["said"]
+    file.write_text("\n".join(rows[:-1]) + "\n")
+    refused = forks(begun)
+    assert refused["status"] == 7 and "another data: 16 rows before, 15 now\n" in refused["said"]
+    accepted = forks(begun, options={"accept_changes": True})
+    assert accepted["status"] == 0 and "accepted: another data: 16 rows before, 15 now" in accepted["said"]
+
+
+def test_touched_and_moved_files_are_the_same_data(forks, begun, straight, tmp_path):
+    for file in tmp_path.glob("rows*"):
+        file.touch()
+    assert forks(begun)["status"] == 0
+    assert weights_of(tmp_path / "run") == weights_of(straight[0])
+
+
+def test_a_run_of_fewer_steps_than_were_taken_is_refused(forks, begun):
+    refused = forks(begun | {"train": begun["train"] | {"max_steps": 1}}, options={"accept_changes": True})
+    assert refused["status"] == 7
+    assert "has taken 2 steps, and this run has only 1\n  Raise train.num_train_epochs" in refused["said"]
+
+
+def test_other_packs_of_the_same_rows_are_refused(forks, begun):
+    stored = Path(begun["run_dir"]) / "rows.npz"
+    with np.load(stored) as found:
+        np.savez(stored, **dict(found) | {"packs": np.array("0" * 64)})
+    refused = forks(begun)
+    assert refused["status"] == 7 and "packs: the same rows are packed in another way" in refused["said"]
+    stored.write_bytes(b"PK")
+    refused = forks(begun)
+    assert refused["status"] == 7 and "rows.npz is damaged or missing, so that it cannot be compared" in refused["said"]
+
+
+def test_two_runs_at_once_do_not_share_a_folder(forks, settings, tmp_path):
+    with Forks() as others:
+        go = tmp_path / "go"
+        job = others.begin(settings | {"run_dir": str(tmp_path / "run")}, hold_at=[2, str(go)])
+        while not (tmp_path / "run/metrics.jsonl").exists():
+            time.sleep(0.01)
+        refused = trained(forks, settings, tmp_path / "run")
+        moved = trained(forks, settings, tmp_path / "run", options={"from_scratch": True})
+        go.touch()
+        done = others.end(job)
+    for each in (refused, moved):
+        assert each["status"] == 7 and "is in use by process " in each["said"]
+    assert done["status"] == 0, done["said"]

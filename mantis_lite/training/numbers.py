@@ -134,8 +134,8 @@ class Numbers(TrainerCallback):
             why = "weights are no longer finite" if dead else f"{count} steps were skipped, the most are {self.allowed}"
             raise DivergedError(
                 f"step {step}: {found} in the pack of {some}; {why}\n"
-                f"  Look at these rows and at {self.skipped.file}, or lower train.learning_rate; what was saved before is "
-                "as it was."
+                f"  Look at these rows and at {self.skipped.file}, or lower train.learning_rate. "
+                "What was saved before is as it was."
             )
         log.warning("step %d is skipped: %s in the pack of %s", step, found, some)
         for parameter in self.parameters:

@@ -16,6 +16,9 @@ from ..errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
+GRACE = 10
+"""Seconds that a DataLoader worker lives on after a SIGTERM."""
+
 
 class Signals(TrainerCallback):
     """While entered, notes the first of SIGNALS; at the end of the step the trainer saves and stops.
@@ -69,7 +72,11 @@ def agreed(caught: int | None, device: torch.device) -> int | None:
     return int(found) or None
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """Leave them to the trainer, whose workers end with it."""
+def leave_signals(worker: int = 0) -> None:
+    """Leave them to the trainer, of a DataLoader worker: it lives on until the step has what it needs.
+
+    SIGTERM is also how a trainer that fails ends its workers, and is heeded after a while.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -26,7 +26,7 @@ from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers
-from .signals import ignore_signals
+from .signals import leave_signals
 from .workers import Doing, Feed, WorkerError
 
 
@@ -58,14 +58,10 @@ class Lasting(Trainer):
         return self.numbers.counted(super().training_step(*args, **kwargs))
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = ignore_signals
-        return loader
+        return _with_patient_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super().get_eval_dataloader(*args, **kwargs)
-        loader.worker_init_fn = ignore_signals
-        return loader
+        return _with_patient_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         if self._feed is None or self._feed.first is not epoch_iterator:
@@ -118,9 +114,12 @@ class Lasting(Trainer):
         own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.accepted and isinstance(self.lr_scheduler, LambdaLR):
-            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
-            for group, kept, share in zip(self.optimizer.param_groups, own, self.lr_scheduler.lr_lambdas, strict=True):
-                group |= kept | {"lr": kept["initial_lr"] * share(self.lr_scheduler.last_epoch)}
+            scheduler = self.lr_scheduler
+            scheduler.base_lrs = [group["initial_lr"] for group in own]
+            shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+            scheduler._last_lr = [rate * share for rate, share in zip(scheduler.base_lrs, shares, strict=True)]
+            for group, kept, rate in zip(self.optimizer.param_groups, own, scheduler._last_lr, strict=True):
+                group |= kept | {"lr": rate}
 
 
 class ChatTrainer(Lasting, SFTTrainer):
@@ -154,6 +153,13 @@ class ScoreTrainer(Lasting):
         targets = [batch["labels"] for batch in batch_samples]
         known = [~t.isnan() if t.is_floating_point() else t != IGNORE for t in targets]
         return torch.stack([each.sum() for each in known]).sum().to(device)
+
+
+def _with_patient_workers(loader: DataLoader) -> DataLoader:
+    """Their own random numbers are drawn by nothing here, so that beginning a worker is free for this."""
+    for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wraps one that iterates
+        each.worker_init_fn = leave_signals
+    return loader
 
 
 def offloads(recipe: Recipe) -> bool:
