@@ -1,14 +1,16 @@
 """What this package does on one NVIDIA GPU: the table G0-G12 of the project's notes on performance.
 
-    python -m benchmarks.gpu [--only G3,G7] [--full] [--minutes 8.5] [--out FOLDER]
+    python -m benchmarks.gpu [--only G3,G7] [--cases PATTERN] [--full] [--minutes 8.5] [--out FOLDER]
     python -m benchmarks.gpu --profile G3
     python -m benchmarks.gpu --tiny
     python -m benchmarks.gpu --estimates
 
 Weights are random, in the shapes of Mantis-8B-siglip-llama3 and Mantis-8B-Idefics2; nothing is downloaded. Groups run
 in the order of their worth, each in a process of its own; a case is not begun where too little is left of the time, and
-the file is written anew after each. --profile shows where one step of a group's first case goes. --tiny runs every case
-in small shapes on a CPU and keeps no figure. --estimates adds to a file, on any machine, what `mantis-lite fit` says.
+the file is written anew after each. --cases takes those whose group and name match a regular expression, long ones too.
+The allocator is asked for expandable segments, as commands do, unless PYTORCH_ALLOC_CONF is set. --profile shows where
+one step of a group's first case goes. --tiny runs every case in small shapes on a CPU and keeps no figure. --estimates
+adds to a file, on any machine, what `mantis-lite fit` says.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ class Group:
         self.lines, self.log = folder / f"{name}-{first}.jsonl", folder / f"{name}-{first}.log"
         self.lines.touch()
         asked = [flag for flag in ("tiny", "full", "profile") if getattr(args, flag)]
-        words = [name, str(first), str(deadline), str(self.lines), *asked]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        words = [name, str(first), str(deadline), str(self.lines), args.cases, *asked]
+        allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        environment = allocator | os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu_group", *words],
             stdin=subprocess.PIPE,
@@ -68,7 +71,9 @@ class Table:
         self.folder, self.rows = folder, rows or {}
 
     def add(self, group: str, case: str, figures: Figures) -> None:
-        self.rows.setdefault(group, {})[case] = figures
+        rows = self.rows.setdefault(group, {})
+        if "not run" not in figures or case not in rows:  # what was measured before is kept
+            rows[case] = figures
         results.write("gpu", self.rows, self.folder)
         shown = {key: value for key, value in figures.items() if key not in ("setting", "losses")}
         shown |= {"failed": shown["failed"][-300:]} if "failed" in shown else {}
@@ -94,7 +99,7 @@ def follow(group: Group, table: Table, deadline: float) -> tuple[int, bool]:
             break
         time.sleep(0.1)
     group.end()
-    if begun is None and group.process.returncode == 0:
+    if begun is None and (done or group.process.returncode == 0):
         return done, False
     why = {"stopped": "it took too long"} if late and not over else {"failed": group.log.read_text()[-2000:]}
     table.add(group.name, begun[0] if begun else "before a case", why)
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     groups: list[Group] = []
     with tempfile.TemporaryDirectory() as folder:
         kept = not (args.tiny or args.profile)
-        table = Table(args.out, before(args.out) if args.only else None) if kept else Table(Path(folder))
+        table = Table(args.out, before(args.out) if args.only or args.cases else None) if kept else Table(Path(folder))
         try:
             groups.append(Group(chosen[0], args, Path(folder), deadline))
             for name in [*chosen[1:], None]:
@@ -155,6 +160,7 @@ def bad(row: Figures) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="groups, with commas between")
+    parser.add_argument("--cases", default="", help="a regular expression of groups and cases: 'G7 idefics2'")
     parser.add_argument("--full", action="store_true", help="20 timed steps, and the long cases too")
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--out", type=Path, default=results.FOLDER)

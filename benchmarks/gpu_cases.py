@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from mantis_lite import tiny
-from mantis_lite.memory.card import card_of
-from mantis_lite.memory.estimate import CONTEXT, GIB
+from mantis_lite.memory.estimate import GIB
 from mantis_lite.memory.overrides import TILE
+from mantis_lite.recipe import load_recipe
+from mantis_lite.report.probe import probe
 
 from . import card, gpu_kernels, gpu_peer, gpu_step
-from .gpu_models import Place, small_files, text_rows
-from .gpu_training import RATE, StepClock, learning, measured, peaks_by_length, prepared
+from .gpu_models import Place, random_weights, small_files, text_rows
+from .gpu_training import RATE, StepClock, learning, measured, peaks_by_length, prepared, room
 
 Figures = dict[str, Any]
 QLORA, LORA = "method=qlora", "method=lora"
@@ -56,12 +57,12 @@ def steps_of(place: Place, count: int = 6) -> int:
     return 2 if place.small else 20 if place.full else count
 
 
-def packs(place: Place, words: Sequence[str], supervised: float = 0.18) -> Figures:
+def packs(place: Place, words: Sequence[str], supervised: float = 0.18, gib: float | None = None) -> Figures:
     """Steps of a pack of 8,192 tokens of documents; a Mantis row of 576 tokens a picture has 18% of them supervised."""
     model = small_files("llava", place.folder / "llava", place.small)
     data = documents(place, model, 6 * steps_of(place), supervised)
     size = f"packing.max_length={place.either(8192, 640)}"
-    return measured(place, "llava", [size, *RATE, *words], model, data, steps_of(place))
+    return measured(place, "llava", [size, *RATE, *words], model, data, steps_of(place), gib)
 
 
 def full_rows(place: Place, words: Sequence[str]) -> Figures:
@@ -79,16 +80,21 @@ def usual(place: Place, method: str, r: int) -> Figures:
     return gpu_peer.measured(place, method, r, model, data, steps_of(place, 4))
 
 
-def pictures(place: Place, family: str, name: str, words: Sequence[str] = (), steps: int = 8) -> Figures:
-    """A case of benchmarks/gpu_step.py: from files of rows and JPEG, decoded beside the card."""
-    model = small_files(family, place.folder / family, place.small)
+def rows_with_pictures(place: Place) -> Path:
+    """Those of benchmarks/gpu_step.py."""
     data = place.folder / "pictures" / "rows.jsonl"
-    if not data.is_file():
-        gpu_step.make_data(data.parent, place.either(200, 12))
+    return data if data.is_file() else gpu_step.make_data(data.parent, place.either(200, 12))
+
+
+def pictures(
+    place: Place, family: str, name: str, words: Sequence[str] = (), steps: int = 8, gib: float | None = None
+) -> Figures:
+    """A case of benchmarks/gpu_step.py: from files of rows and JPEG, decoded beside the card."""
+    model, data = small_files(family, place.folder / family, place.small), rows_with_pictures(place)
     alone = name.endswith("one sample a row")
     steps = 24 if alone and not place.small else steps_of(place, steps)
     small = ["packing.max_length=2048"] if place.small else []
-    return measured(place, family, [*RATE, *gpu_step.CASES[family][name], *words, *small], model, data, steps)
+    return measured(place, family, [*RATE, *gpu_step.CASES[family][name], *words, *small], model, data, steps, gib)
 
 
 def lengths_alone(place: Place, family: str, words: Sequence[str], lengths: Sequence[int]) -> Figures:
@@ -100,18 +106,33 @@ def lengths_alone(place: Place, family: str, words: Sequence[str], lengths: Sequ
     return peaks_by_length(place, family, [*RATE, "memory.checkpointing=full", room, *words], model, data)
 
 
-LONGEST = ["lora.r=32", "lora.alpha=64", "lora.dropout=0", QLORA, TILED, OFFLOADED]
+def probed(place: Place, family: str) -> Figures:
+    """What `mantis-lite fit RECIPE data=... --probe` shows of a recipe as it is: several packs a step, and dropout."""
+    model, data = small_files(family, place.folder / family, place.small), rows_with_pictures(place)
+    small = ["packing.max_length=2048"] if place.small else []
+    recipe = load_recipe(gpu_step.RECIPES[family], [f"model={model}", f"data={data}", *small])
+    card.limit(None)
+    card.clean()
+    with random_weights():
+        found = probe(recipe)
+    shown = {what: (round(said / GIB, 3), round(took / GIB, 3)) for what, said, took in found.figures}
+    return {"tokens": found.pack.tokens, "patches": found.pack.patches, "estimated and measured gib": shown}
+
+
+LONGEST = [QLORA, *rank(32), "memory.optimizer=adamw_bnb_8bit", TILED, OFFLOADED]
 
 
 def longest(place: Place, gib: int) -> Figures:
     """The longest row in so large a card: on the line through two short ones, then tried, shorter until it fits."""
-    caps = {size: (card_of(size).usable - CONTEXT) / GIB for size in (8, 12, 16, 24)}
+    caps = {size: room(size) for size in (8, 12, 16, 24)}
     short = lengths_alone(place, "llava", LONGEST, [4096, 16384])
     (less, low), (more, high) = ((int(n), each["peak_gib"]) for n, each in short["by_length"].items())
     each = max(1e-9, (high - low) / (more - less))
     line = {size: int(less + (cap - low) / each) if card.there() else 100 for size, cap in caps.items()}
     figures: Figures = {"on_the_line": {f"{size} GB": tokens for size, tokens in line.items()}, "tried": {}}
     model = small_files("llava", place.folder / "llava", place.small)
+    if card.there() and line[gib] < 512:
+        return figures | {"out_of_memory": "nothing fits"}
     for share in (0.97, 0.93, 0.88):
         tokens = int(line[gib] * share)
         data = text_rows(model, place.folder / "longest.jsonl", [min(512, tokens), tokens])
@@ -168,6 +189,13 @@ def _idefics2(name: str, *words: str, long: bool = False) -> Case:
     return Case(f"idefics2 r16 with pictures, {name}", 20, measure, long)
 
 
+def _picked(gib: int) -> Case:
+    """Idefics2 with pictures as memory.fit=auto has it."""
+    first = next(iter(gpu_step.CASES["idefics2"]))
+    measure = partial(pictures, family="idefics2", name=first, steps=3, gib=gib)
+    return Case(f"idefics2 r16 with pictures, memory.fit=auto in {gib} GB", 30, measure)
+
+
 ALL_LENGTHS, TWO_LENGTHS = (2048, 4096, 8192, 16384, 32768), (2048, 8192)
 USUAL_QLORA = (QLORA, *rank(64), CHECKPOINTED)
 
@@ -196,6 +224,8 @@ GROUPS: dict[str, list[Case]] = {
         _peaks("checkpointed", 6, r=8, lengths=TWO_LENGTHS),
         _peaks("mlp_tile", 7, TILED, r=8, lengths=TWO_LENGTHS),
         _peaks("mlp_tile, offloaded", 8, TILED, OFFLOADED, r=8, lengths=TWO_LENGTHS),
+        _picked(8),
+        *(Case(f"{family}, fit --probe", 20, partial(probed, family=family)) for family in gpu_step.RECIPES),
         _idefics2("mlp_tile", TILED, long=True),
         _idefics2("mlp_tile, offloaded", TILED, OFFLOADED, long=True),
     ],
@@ -208,7 +238,12 @@ GROUPS: dict[str, list[Case]] = {
     ],
     "G9": [Case("nf4, doubly quantised, to bfloat16", 4, gpu_kernels.out_of_4_bits)],
     "G8": [
-        Case(f"qlora r32, mlp_tile, offloaded, in {size} GB", seconds, partial(longest, gib=size), size > 12)
+        Case(
+            f"qlora r32, AdamW in 8 bits, mlp_tile, offloaded, in {size} GB",
+            seconds,
+            partial(longest, gib=size),
+            size > 12,
+        )
         for size, seconds in ((8, 25), (12, 45), (16, 120), (24, 240))
     ],
     "G11": [
@@ -218,6 +253,15 @@ GROUPS: dict[str, list[Case]] = {
     "G4": [
         _packs(f"lora r16, packs of 8192, {count} of 32 layers checkpointed", 13, *_kept(count), long=count in (32, 24))
         for count in (16, 8, 0, 32, 24)
+    ]
+    + [
+        Case(
+            f"lora r16, packs of 8192, memory.fit=auto in {gib} GB",
+            16,
+            partial(packs, words=[LORA, *rank(16)], gib=gib),
+            gib != 40,
+        )
+        for gib in (40, 24)
     ],
     "G12": [Case("packed and one by one", 40, curve)],
 }

@@ -96,6 +96,7 @@ def _weights(
 
     kind = AutoModelForImageTextToText._model_mapping[type(config)]
     model = drawn(kind, config, dtype, quantization_config, device_map)
+    card.clean()  # of the weights that were put into 4 bits: with a file they are never whole on the card
     model.name_or_path = model.config.name_or_path = name  # PEFT asks the hub for a model without a folder
     return model, {"missing_keys": (), "unexpected_keys": ()}
 

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, BitsAndBytesConfig, LlamaForCausalLM
 
+from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.schema import parse
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.recipe import ModelRecipe, load_recipe
@@ -90,7 +91,8 @@ def encoded(model: Path, data: Path) -> list[Any]:
     encoder = open_checkpoint(ModelRecipe(name=str(model))).encoder(
         load_recipe("chat", [f"model={model}", f"data={data}"])
     )
-    return [encoder.encode(parse(json.loads(line), "row", data.parent)) for line in data.read_text().splitlines()]
+    folder = MediaFolder(data.parent)
+    return [encoder.encode(parse(json.loads(line), "row", folder)) for line in data.read_text().splitlines()]
 
 
 def descended(model: Any, optimizer: Any, parameters: Sequence[Any], rows: Sequence[Any]) -> tuple[float, float]:

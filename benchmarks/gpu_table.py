@@ -12,6 +12,7 @@ WORDS = {
     "G1": "LLaVA, text alone",
     "G2": "LLaVA, text alone",
     "G3": "LLaVA, text alone",
+    "G4": "LLaVA, text alone",
     "G5": "LLaVA, rows with pictures",
     "G6": "Idefics2, rows with pictures",
     "G7": "peaks",

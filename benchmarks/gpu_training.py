@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from transformers import TrainerCallback
 
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.errors import OutOfMemory
+from mantis_lite.memory.card import card_of
+from mantis_lite.memory.estimate import CONTEXT, GIB
 from mantis_lite.memory.packs import largest_packs
 from mantis_lite.memory.step import machine_of
 from mantis_lite.recipe import load_recipe
+from mantis_lite.training.picked import FILE
 from mantis_lite.training.run import Run, start
 
 from . import card
@@ -62,27 +66,50 @@ class StepClock(TrainerCallback):
 
 
 def prepared(
-    place: Place, family: str, words: Sequence[str], model: Path, data: Path, steps: int, clock: StepClock
+    place: Place,
+    family: str,
+    words: Sequence[str],
+    model: Path,
+    data: Path,
+    steps: int,
+    clock: StepClock,
+    gib: float | None = None,
 ) -> Run:
-    """A run of random weights before its first step: the recipe of the family, with overrides in `words`."""
+    """A run of random weights before its first step: the recipe of the family, with overrides in `words`.
+
+    With memory.fit=auto it is picked for a card of `gib` GiB.
+    """
     card.limit(None)
     card.clean()
     folder = place.folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
     settings = [f"model={model}", f"data={data}", f"run_dir={folder}", f"train.max_steps={steps}", *STEP]
     with random_weights():
-        run = start(load_recipe(RECIPES[family], [*settings, *words]), [clock])
+        run = start(load_recipe(RECIPES[family], [*settings, *words]), [clock], gpu=gib)
     card.clean()
     return run
 
 
-def measured(place: Place, family: str, words: Sequence[str], model: Path, data: Path, steps: int) -> dict[str, Any]:
-    """Train so many timed steps of a pack each behind those that warm up."""
+def room(gib: float) -> float:
+    """GiB that a process can have for its tensors in a card of so many."""
+    return (card_of(gib).usable - CONTEXT) / GIB
+
+
+def measured(
+    place: Place, family: str, words: Sequence[str], model: Path, data: Path, steps: int, gib: float | None = None
+) -> dict[str, Any]:
+    """Train so many timed steps of a pack each behind those that warm up.
+
+    With `gib` memory.fit=auto picks for a card of so many, and the process has no more.
+    """
+    words = [*words, "memory.fit=auto"] if gib else words
     begun = time.perf_counter()
     clock = StepClock(WARM + 1 if place.profile else None)
-    run = prepared(place, family, words, model, data, WARM + steps, clock)
+    run = prepared(place, family, words, model, data, WARM + steps, clock, gib)
     built, weights = time.perf_counter() - begun, card.held()
+    card.limit(room(gib) if gib else None)
     run.train()
+    card.limit(None)
     if clock.profiler is not None:
         shown(clock)
     times = np.diff(clock.ends)[WARM - 1 :]
@@ -102,6 +129,9 @@ def measured(place: Place, family: str, words: Sequence[str], model: Path, data:
         **most(clock),
         "build_seconds": round(built, 1),
     }
+    if gib:
+        figures["picked"] = json.loads((run.recipe.run_dir / FILE).read_text())["picked"]
+        words = [*words, *figures["picked"]]
     return figures | learning(run) | setting(run, family, words)
 
 

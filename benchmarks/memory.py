@@ -344,7 +344,7 @@ def gaps_a_token() -> float:
     found = []
     for cases in json.loads((results.FOLDER / "gpu.json").read_text())["figures"].values():
         for case in cases.values():
-            if "memory.kernels=off" in case.get("setting", {}).get("words", ()):
+            if "memory.kernels=off" in case.get("setting", {}).get("words", ()) and "allocator" not in case:
                 tokens = max(pack["tokens"] for pack in case["setting"]["packs"])
                 found.append((case["reserved_gib"] - case["peak_gib"]) * 2**30 / tokens)
     return float(np.median(found))

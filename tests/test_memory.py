@@ -23,7 +23,7 @@ from mantis_lite.report.fit import fit, read
 from mantis_lite.report.probe import probe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import gpu_step, memory
+from benchmarks import gpu_estimates, gpu_step, memory
 
 RESULTS = json.loads((Path(memory.__file__).parent / "results" / "memory.json").read_text())["figures"]
 
@@ -158,6 +158,18 @@ def test_a_step_on_a_gpu_took_what_was_estimated(tmp_path):
     assert abs(memory.on_gpu(kind, case, taken[case]["peak_gib"], model, data)["error"]) < 0.03
 
 
+@pytest.mark.parametrize(
+    "case, length", [("llava r64, mlp_tile", 32768), ("llava r8, mlp_tile, offloaded", 8192)], ids=["long", "offloaded"]
+)
+def test_rows_on_a_gpu_took_what_was_estimated(tmp_path, case, length):
+    """Of a long row in tiles most is alive in attention's backward pass; with offloading the layer before is, too."""
+    file = Path(memory.__file__).parent / "results" / "gpu.json"
+    found = json.loads(file.read_text())["figures"]["G7"][case]
+    peak = found["by_length"][str(length)]["peak_gib"]
+    said = gpu_estimates.estimated(found["setting"], [Pack(length, length, length)], peak, tmp_path)
+    assert abs(said["error"]) < 0.01
+
+
 def test_a_peer_took_what_was_estimated():
     assert all(-0.08 <= figure["error"] <= 0.15 for figure in memory.torchtune().values())
 
@@ -170,7 +182,8 @@ def test_the_measurements_that_are_written_down_hold_to_their_bounds():
 
 
 def test_settings_take_less_in_the_order_one_expects():
-    config, lora = memory.of_llama("lora", {"r": 8}, layers=3, hidden_size=256, num_attention_heads=8, vocab_size=512)
+    # With three layers offloading would save nothing: what comes back is let go a layer later.
+    config, lora = memory.of_llama("lora", {"r": 8}, layers=6, hidden_size=256, num_attention_heads=8, vocab_size=512)
     pack = Pack(2048, 1024, 500)
 
     def total(**settings):

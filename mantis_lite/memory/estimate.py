@@ -34,8 +34,9 @@ SEGMENT = 20 << 20
 """The allocator asks the card for this much at a time for middling tensors (kLargeBuffer), and splits it."""
 
 UNFILLED = 0.03
-"""The share of what comes and goes that lies in gaps between tensors. An assumption, of steps whose tensors are of few
-sizes: only a measurement of torch.cuda.max_memory_reserved beside max_memory_allocated would tell."""
+"""The share of what comes and goes that lies in gaps between tensors. An assumption: on an H200 with room to spare the
+allocator held 0.1 to 0.6 GiB beyond tensors whatever came and went, and more with offloading
+(benchmarks/results/gpu.json); what it needs on a card that is almost full was not measured."""
 
 
 @dataclass(frozen=True)

@@ -203,16 +203,31 @@ class _Ends(list[int]):
 
 
 def _offloading(machine: Machine) -> Any:
-    """What layers keep goes to the host as it is kept, and comes back when it is needed."""
+    """What layers keep goes to the host as it is kept, and comes back when it is needed.
+
+    What came back is let go when the node that brings the next back is done (trl 1.16: activation_offloading.py).
+    """
     if not machine.offload:
         return ExitStack()
+    held: dict[int, Tensor] = {}
 
     def away(kept: Tensor) -> Any:
         large = kept.numel() * kept.element_size() >= OFFLOADED and not isinstance(kept, nn.Parameter)
         return (kept.shape, kept.dtype) if large else kept
 
     def back(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
+        if isinstance(kept, Tensor):
+            return kept
+        before = list(held)
+
+        def let_go(*_: Any) -> None:
+            for key in before:
+                held.pop(key, None)
+
+        torch._C._current_autograd_node().register_hook(let_go)
+        found = torch.empty(kept[0], dtype=kept[1])
+        held[id(found)] = found
+        return found
 
     return torch.autograd.graph.saved_tensors_hooks(away, back)
 

@@ -35,9 +35,13 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors[:3]
-        query.new_empty(query.shape, dtype=torch.float32)  # the kernel sums the query's gradient in float32
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        query, key, value, *kept = ctx.saved_tensors  # alive until the kernel is done
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        passing = [query.new_empty(query.shape, dtype=torch.float32)]  # the query's gradient is summed in float32
+        if query.shape[1] != key.shape[1]:  # those of keys and values are made for every head, then summed
+            passing += [torch.empty_like(query), torch.empty_like(query)]
+        del passing, kept
+        return *found, None
 
 
 def attend(
@@ -201,8 +205,8 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight = ctx.saved_tensors[1]
-        return torch.empty_like(grads[0]), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        kept = ctx.saved_tensors  # alive until the kernel is done
+        return torch.empty_like(grads[0]), torch.empty_like(kept[1]) if ctx.needs_input_grad[1] else None
 
 
 class _Squared(torch.autograd.Function):
