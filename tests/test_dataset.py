@@ -190,6 +190,19 @@ def test_a_worker_tells_which_row_broke():
         list(DataLoader(dataset, 1, num_workers=1, collate_fn=lay_out))
 
 
+def test_a_hundred_samples_that_break_in_a_row_are_an_error():
+    """The disk with the pictures is gone then; those that break here and there are counted elsewhere."""
+    told: list[SampleError] = []
+    dataset = pack_dataset([[1], [0, 1]], parsed(ROWS[0], BROKEN), ENCODER, told.append)
+    for _ in range(150):
+        assert len(dataset[1]["encoded"]) == 1
+    for _ in range(99):
+        assert len(dataset[0]["encoded"]) == 1
+    with pytest.raises(SampleError, match=r"^rows:2: the last of 101 rows in a row that cannot be read: .*\n  Replace"):
+        dataset[0]
+    assert len(told) == 150 + 100
+
+
 def test_the_order_is_by_seed():
     plans = [pack_epoch(SAMPLES, PackingRecipe(max_length=100, seed=seed)) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]

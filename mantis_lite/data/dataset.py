@@ -18,6 +18,9 @@ from .packing import Length, plan
 from .prepare import Samples
 from .vision import Vision
 
+MOST_IN_A_ROW = 100
+"""Samples that cannot be encoded, one after the other: a disk is gone then, rather than pictures broken."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -97,12 +100,10 @@ def pack_dataset(
 
     `broken` is told of a picture or clip whose header was sound and whose pixels are not; where it returns, the pack
     goes on without that sample. A pack with no other becomes a stand-in without loss, so that the step has a batch.
-    `targets` (S, ...) are what a score head is to say of the samples. `doing` is told of each before it is encoded.
+    More than MOST_IN_A_ROW such samples are an error all the same. `targets` (S, ...) are what a score head is to say
+    of the samples. `doing` is told of each before it is encoded.
     """
-
-    def encode(rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
-        return {"encoded": [_encode(pack, samples, encoder, broken, targets, doing) for pack in rows["pack"]]}
-
+    encode = _Encode(samples, encoder, broken, targets, doing)
     features = datasets.Features({"pack": datasets.List(datasets.Value("int64"))})
     return datasets.Dataset.from_dict({"pack": packs}, features=features).with_transform(encode)
 
@@ -112,26 +113,41 @@ def collate_packs(rows: list[dict[str, list[Encoded]]], vision: Vision) -> Batch
     return collate([sample for row in rows for sample in row["encoded"]], vision.batch)
 
 
-def _encode(
-    pack: list[int],
-    samples: Sequence[Any],
-    encoder: Encoder,
-    broken: Callable[[SampleError], None],
-    targets: np.ndarray | None,
-    doing: Callable[[int], None] | None,
-) -> list[Encoded]:
-    encoded = []
-    for index in pack:
-        if doing is not None:
-            doing(index)
+@dataclass
+class _Encode:
+    """Rows of packs -> their samples' tensors; `failed` samples in a row could not be encoded."""
+
+    samples: Sequence[Any]
+    encoder: Encoder
+    broken: Callable[[SampleError], None]
+    targets: np.ndarray | None
+    doing: Callable[[int], None] | None
+    failed: int = 0
+
+    def __call__(self, rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
+        return {"encoded": [self._pack(pack) for pack in rows["pack"]]}
+
+    def _pack(self, pack: list[int]) -> list[Encoded]:
+        found = [self._sample(index) for index in pack]
+        if encoded := [sample for sample in found if sample is not None]:
+            return encoded
+        nothing = self.encoder.nothing()
+        return [nothing if self.targets is None else replace(nothing, target=_unknown(self.targets[0]))]
+
+    def _sample(self, index: int) -> Encoded | None:
+        if self.doing is not None:
+            self.doing(index)
         try:
-            sample = encoder.encode(samples[index])
+            encoded = self.encoder.encode(self.samples[index])
         except SampleError as error:
-            broken(error)
-        else:
-            encoded.append(sample if targets is None else replace(sample, target=targets[index]))
-    nothing = encoder.nothing()
-    return encoded or [nothing if targets is None else replace(nothing, target=_unknown(targets[0]))]
+            self.broken(error)
+            self.failed += 1
+            if self.failed > MOST_IN_A_ROW:
+                found = f"the last of {self.failed} rows in a row that cannot be read: {error.found}"
+                raise SampleError(error.where, found, error.remedy, error.sample_id) from None
+            return None
+        self.failed = 0
+        return encoded if self.targets is None else replace(encoded, target=self.targets[index])
 
 
 def _unknown(target: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ class LengthCache:
         if not self.fresh:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        records = np.array([(key, *length) for key, length in self.known.items()], dtype=RECORD)
+        records = np.fromiter(((key, *length) for key, length in self.known.items()), RECORD, len(self.known))
         with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
             np.save(file, records)
         os.replace(file.name, self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 from collections.abc import Sequence
@@ -340,10 +341,13 @@ class _Broken:
     def __call__(self, error: SampleError) -> None:
         if not self.skip:
             raise error
-        known = {json.loads(line)["where"] for line in self.path.read_text().splitlines()}
-        if error.where in known:
-            return
-        write_rejects([error], self.path)
+        with self.path.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # workers are told of rows side by side, and of the same one
+            file.seek(0)
+            known = {json.loads(line)["where"] for line in file}
+            if error.where in known:
+                return
+            write_rejects([error], self.path)
         if len(known) + 1 > self.allowed:
             # Not a DataError: in a DataLoader worker only an error of one row keeps its words.
             found = f"one of more than {self.allowed} rows that cannot be trained on, see {self.path}"
