@@ -213,6 +213,7 @@ class _Reader:
     task: Task = "chat"
     head: HeadRecipe | None = None
     every_fault: bool = False
+    named: set[str] = field(default_factory=set)
 
     def read(self, sources: list[SourceRecipe]) -> Samples:
         opened = self._open(sources)
@@ -262,8 +263,9 @@ class _Reader:
                 opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
         names = Counter(rows.name for _, rows in opened)
         for spec, rows in opened:
-            if names[rows.name] > 1:
+            if names[rows.name] > 1 or rows.name in self.named:
                 rows.name = spec.path
+        self.named |= names.keys()
         return opened
 
     @property
