@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -57,11 +58,15 @@ def train_command(
 
     loaded = load_recipe(recipe, overrides or ())
     _prepare_process()
+    from .errors import Stopped
     from .training.callbacks import ProgressBar
     from .training.run import start
 
     with ProgressBar() as bar:
-        run = start(loaded, [bar], from_scratch, import_upstream, gpu, accept_changes=accept_changes)
+        try:
+            run = start(loaded, [bar], from_scratch, import_upstream, gpu, accept_changes=accept_changes)
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT, None) from None
         _show_start(run)
         saved = run.train()
     typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")

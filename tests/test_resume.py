@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,10 @@ from clips_made import make
 from helpers import chat, logs_of, write_rows
 
 from benchmarks.forks import Forks
+from mantis_lite.errors import DiskError
+from mantis_lite.recipe import make_recipe
+from mantis_lite.training.jsonlines import JsonLines, lines_of
+from mantis_lite.training.run import start
 
 STEPS = 5
 
@@ -284,3 +289,48 @@ def test_two_runs_at_once_do_not_share_a_folder(forks, settings, tmp_path):
     for each in (refused, moved):
         assert each["status"] == 7 and "is in use by process " in each["said"]
     assert done["status"] == 0, done["said"]
+
+
+def test_a_run_that_goes_on_encodes_nothing_that_was_used(begun, monkeypatch):
+    run = start(make_recipe(begun))
+    seen = []
+    encode = type(run.encoder).encode
+    monkeypatch.setattr(
+        type(run.encoder), "encode", lambda self, sample: seen.append(sample.id) or encode(self, sample)
+    )
+    run.walk()
+    left = run.schedule.packs[2 * run.schedule.accumulation :]
+    assert seen == [run.prepared.train[index].id for pack in left for index in pack]
+
+
+def test_what_was_logged_half_is_forgotten(begun):
+    metrics = Path(begun["run_dir"]) / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 2, "loss": 1.')  # as a kill leaves it
+    run = start(make_recipe(begun))
+    run.walk()
+    steps = [log["step"] for log in logs_of(Path(begun["run_dir"])) if "loss" in log]
+    assert steps == list(range(1, run.schedule.steps + 1))
+
+
+def test_lines_wait_for_room_on_the_disk(tmp_path, caplog):
+    lines = JsonLines(tmp_path / "no" / "metrics.jsonl")
+    lines.append({"step": 1})
+    lines.append({"step": 2})
+    assert caplog.text.count("metrics.jsonl cannot be written for now: No such file or directory") == 1
+    lines.file.parent.mkdir()
+    lines.append({"step": 3})
+    assert [line["step"] for line in lines_of(lines.file)] == [1, 2, 3]
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_disk_error(begun, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"run_dir: .*/file/run cannot be written: Not a directory\n  Make room there"):
+        start(make_recipe(begun | {"run_dir": str(tmp_path / "file/run")}))
+
+
+def test_lengths_that_cannot_be_kept_are_told_of(begun, tmp_path, caplog, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MANTIS_LITE_CACHE", str(tmp_path / "file"))
+    start(make_recipe(begun | {"run_dir": str(tmp_path / "other")}))
+    assert re.search(r"lengths are not remembered: .*/file/lengths-\w+.npy cannot be written: ", caplog.text)

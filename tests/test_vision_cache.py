@@ -22,7 +22,7 @@ from mantis_lite.data.features import Features
 from mantis_lite.data.lengths import cache_dir
 from mantis_lite.data.sample import Frame, Image
 from mantis_lite.data.schema import parse
-from mantis_lite.errors import RecipeError, SampleError
+from mantis_lite.errors import DiskError, RecipeError, SampleError
 from mantis_lite.generate import answer
 from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.load import load_model
@@ -429,10 +429,10 @@ def test_a_folder_that_cannot_be_written_is_named(settings, tmp_path, monkeypatc
     features = Features()
     features.folder = tmp_path / "nowhere"
     message = r"memory.vision_cache: disk, and .* cannot be written: .*\n  Let MANTIS_LITE_CACHE name another folder"
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(DiskError, match=message):
         features.put("x", {"size": torch.tensor([1, 2])})
     monkeypatch.setenv("MANTIS_LITE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(DiskError, match=message):
         features.keep_on_disk({})
 
 

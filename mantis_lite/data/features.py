@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import RecipeError
+from ..errors import DiskError
 from ..files import write_whole
 from .lengths import cache_dir
 from .sample import Frame, Image
@@ -38,7 +38,7 @@ class Features:
     def keep_on_disk(self, facts: Mapping[str, Any]) -> None:
         """Keep them in the user's cache from now on, apart from those with other `facts`, which are written beside.
 
-        Raises RecipeError where no folder can be made there.
+        Raises DiskError where no folder can be made there.
         """
         text = json.dumps(facts, indent=2, sort_keys=True)
         self.folder = cache_dir() / "features" / sha256(text.encode()).hexdigest()[:32]
@@ -75,7 +75,7 @@ class Features:
         return self._held.get(key) if self.folder is None else _read(self.folder / f"{key}.safetensors")
 
     def put(self, key: str, features: Pixels) -> None:
-        """Keep a picture's features. Raises RecipeError where they cannot be written."""
+        """Keep a picture's features. Raises DiskError where they cannot be written."""
         if self.folder is None:
             self._held[key] = features
             return
@@ -85,10 +85,10 @@ class Features:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> RecipeError:
+    def _unwritable(self, error: OSError) -> DiskError:
         found = f"disk, and {self.folder} cannot be written: {error.strerror}"
         remedy = "Let MANTIS_LITE_CACHE name another folder, or leave it out."
-        return RecipeError(f"memory.vision_cache: {found}\n  {remedy}")
+        return DiskError(f"memory.vision_cache: {found}\n  {remedy}")
 
 
 def _read(file: Path) -> Pixels | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import write_whole
 from .sample import Image, Sample, Video
+
+log = logging.getLogger("mantis_lite")
 
 
 class Measured(NamedTuple):
@@ -96,20 +100,22 @@ class LengthCache:
             self.fresh = True
 
     def save(self) -> None:
-        """Write the file anew beside the old one and rename it, so that no reader sees half a file."""
+        """Write the file anew; where it cannot be, rows are measured again the next time, with a warning."""
         if not self.fresh:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        records = np.fromiter(((key, *length) for key, length in self.known.items()), RECORD, len(self.known))
-        with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-            np.save(file, records)
-        os.replace(file.name, self.path)
-        self.fresh = False
+        content = io.BytesIO()
+        np.save(content, np.fromiter(((key, *length) for key, length in self.known.items()), RECORD, len(self.known)))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, content.getvalue(), synced=False)
+            self.fresh = False
+        except OSError as error:
+            log.warning("lengths are not remembered: %s cannot be written: %s", self.path, error.strerror)
 
     def _read(self) -> dict[bytes, Measured]:
         try:
             records = np.load(self.path)
-        except (FileNotFoundError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError):
             return {}  # none yet, or cut short by a full disk: it is made anew
         if records.dtype != RECORD:
             return {}  # of an earlier version

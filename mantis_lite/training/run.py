@@ -27,7 +27,7 @@ from transformers import (
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch
 from ..data.prepare import Prepared, write_rejects
 from ..data.vision import Vision
-from ..errors import OutOfMemory, SampleError, Stopped
+from ..errors import DiskError, OutOfMemory, SampleError, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
 from ..models.attention import chosen_attention
@@ -195,7 +195,11 @@ def start(
         lock = Lock(recipe.run_dir)
         held.callback(lock.release)
         plan = make_plan(recipe, lock, from_scratch, import_upstream, gpu, only, accept_changes)
-        plan.open_run_dir(from_scratch)
+        try:
+            plan.open_run_dir(from_scratch)
+        except OSError as error:
+            found = f"run_dir: {recipe.run_dir} cannot be written: {error.strerror}"
+            raise DiskError(f"{found}\n  Make room there, or set run_dir to another disk.") from error
         run = _load(plan, import_upstream)
         run.trainer.accepted = bool(plan.resumed.changed)
         for callback in (*reports, *callbacks):

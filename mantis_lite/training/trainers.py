@@ -19,7 +19,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from ..data.dataset import Schedule
 from ..data.encode import IGNORE
 from ..data.labels import Labels
-from ..errors import RecipeError
+from ..errors import RecipeError, one_line
 from ..metrics import score_metrics
 from ..models.activations import tile_loss
 from ..models.load import loader_workers, working_dtype
@@ -27,7 +27,7 @@ from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers
 from .signals import leave_signals
-from .workers import Doing, Feed, WorkerError
+from .workers import Doing, Feed, WorkerError, dead_workers
 
 
 class Lasting(Trainer):
@@ -73,6 +73,19 @@ class Lasting(Trainer):
             if self.state.global_step:
                 self.save_now()
             raise
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super().evaluate(*args, **kwargs)
+        except RuntimeError as error:
+            if not dead_workers(error):
+                raise
+            if self.state.global_step:
+                self.save_now()
+            found = f"data: a DataLoader worker died as step {self.state.global_step} was evaluated: {one_line(error)}"
+            raise WorkerError(
+                f"{found}\n  Run again; where memory is short, lower train.dataloader_num_workers."
+            ) from error
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)

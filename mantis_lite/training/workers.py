@@ -26,6 +26,15 @@ class WorkerError(DataError):
     """Workers that die again and again."""
 
 
+def dead_workers(error: RuntimeError) -> set[int]:
+    """The processes of the workers whose death an error of torch's tells of.
+
+    It has no type of its own; what a worker raises itself comes as "Caught ... in DataLoader worker".
+    """
+    found = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    return {int(process) for process in found[1].split(",")} if found else set()
+
+
 class Doing:
     """What each worker is at, as (process, sample) in memory that they share with the trainer."""
 
@@ -63,11 +72,9 @@ class Feed:
             try:
                 batch = next(self.batches)
             except RuntimeError as error:
-                # torch has no type for it; what a worker raises itself comes as "Caught ... in DataLoader worker".
-                dead = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-                if not dead:
+                if not (dead := dead_workers(error)):
                     raise
-                self._begin_anew({int(process) for process in dead[1].split(",")}, error)
+                self._begin_anew(dead, error)
             else:
                 _hear_no_children()
                 self.taken += 1
