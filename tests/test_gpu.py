@@ -1,20 +1,27 @@
 """What only a GPU can show: the variable-length kernel, 16 bits, 4 bits, and training end to end."""
 
 import json
+import os
+import signal
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import recursively_apply, send_to_device
-from helpers import chat, recipe, write_rows
+from helpers import chat, losses, recipe, write_rows
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
+from mantis_lite.errors import DivergedError, Stopped
 from mantis_lite.models.activations import decoder_layers
 from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.kernels import KERNELS, fuse
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe
 from mantis_lite.scoring import predict
+from mantis_lite.training.checkpoints import newest
 from mantis_lite.training.run import start
 
 pytestmark = [
@@ -130,3 +137,76 @@ def test_a_score_head_learns_and_predicts(folder_of, family, tmp_path, method):
     packed = predict(tmp_path / "run", [f"data={settings['data']}"])
     alone = predict(tmp_path / "run", [f"data={settings['data']}", "packing=off"], output=tmp_path / "alone.jsonl")
     torch.testing.assert_close(*map(torch.from_numpy, (packed.logits, alone.logits)), rtol=0.05, atol=0.05)
+
+
+class At(TrainerCallback):
+    """Does something as a step begins."""
+
+    def __init__(self, step: int, does) -> None:
+        self.step, self.does = step, does
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.does()
+
+
+def of_steps(folder, tmp_path, name: str, **train) -> dict:
+    rows = [chat(f"what is number {i}?", f"number {i} is red", images=(i,)) for i in range(12)]
+    own = {"max_steps": 6, "learning_rate": 0.01, "samples_per_step": 4, "save_steps": 1, "warmup_steps": 0}
+    data = write_rows(tmp_path / f"{name}.jsonl", rows)
+    settings = {"model": str(folder), "data": data, "run_dir": str(tmp_path / name), "lora": {"dropout": 0.1}}
+    return settings | {"method": "lora", "packing": {"max_length": 256}, "train": own | train}
+
+
+def train_of(settings, *callbacks):
+    run = start(make_recipe(settings))
+    for callback in callbacks:
+        run.trainer.add_callback(callback)
+    return run, run.train()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_that_a_signal_stopped_goes_on_as_if_it_had_not(llava_folder, tmp_path, monkeypatch, deterministic):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    more = {"full_determinism": deterministic}
+    _, straight = train_of(of_steps(llava_folder, tmp_path, "straight", **more))
+    settings = of_steps(llava_folder, tmp_path, "stopped", **more)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM: saved .*checkpoint-3"):
+        train_of(settings, At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    _, resumed = train_of(settings)
+    np.testing.assert_allclose(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), atol=1e-3)
+    if deterministic:
+        found, wanted = (load_file(folder / "adapter_model.safetensors") for folder in (resumed, straight))
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_gradient_that_is_no_number_is_not_stepped_with(llava_folder, tmp_path, dtype):
+    """In float16 it is the loss scale's own matter, and counted as none of ours."""
+    settings = of_steps(llava_folder, tmp_path, "run", bf16=dtype == "bf16", fp16=dtype == "fp16")
+    run = start(make_recipe(settings))
+    parameters, before = run.trainer.numbers.parameters, []
+
+    def spoil():
+        before.extend(p.detach().clone() for p in parameters)
+        handle = parameters[-1].register_hook(lambda gradient: (handle.remove(), gradient * torch.inf)[1])
+
+    def compare():
+        assert all(torch.equal(*pair) for pair in zip(before, parameters, strict=True))
+
+    for callback in (At(3, spoil), At(4, compare)):
+        run.trainer.add_callback(callback)
+    folder = run.train()
+    assert len(before) and all(
+        value.isfinite().all() for value in load_file(folder / "adapter_model.safetensors").values()
+    )
+    assert (tmp_path / "run/skipped.jsonl").exists() == (dtype == "bf16")
+
+
+def test_weights_that_are_lost_end_the_run(llava_folder, tmp_path):
+    run = start(make_recipe(of_steps(llava_folder, tmp_path, "run")))
+    run.trainer.add_callback(At(4, lambda: run.trainer.numbers.parameters[0].data.fill_(torch.nan)))
+    with pytest.raises(DivergedError, match="weights are no longer finite"):
+        run.train()
+    assert newest(tmp_path / "run")[0].name == "checkpoint-3"

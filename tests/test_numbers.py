@@ -185,13 +185,13 @@ def numbers(tmp_path, **more) -> tuple[Numbers, SimpleNamespace]:
 
 def test_overflows_of_float16_are_left_to_the_loss_scale_for_a_while(tmp_path):
     found, state = numbers(tmp_path)
-    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}], scaler=object())
     for _ in range(OVERFLOWS):
         found.counted(torch.tensor(2.0))
-        found.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, None, optimizer=optimizer)
+        found.on_pre_optimizer_step(None, state, None, optimizer=optimizer)
     assert len(found.skipped) == 0 and found.parameters[0].grad is not None  # GradScaler has to see it
     found.counted(torch.tensor(2.0))
-    found.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, None, optimizer=optimizer)
+    found.on_pre_optimizer_step(None, state, None, optimizer=optimizer)
     assert len(found.skipped) == 1
 
 

@@ -81,7 +81,7 @@ class Numbers(TrainerCallback):
         self.overflows = 0 if sound else self.overflows + 1
         if self.unskipped:
             self.moving += any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
-        elif not (args.fp16 and finite and self.overflows <= OVERFLOWS):
+        elif not (kwargs["optimizer"].scaler and finite and self.overflows <= OVERFLOWS):
             self._skip(state.global_step + 1, [loss.item() for loss in losses])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
