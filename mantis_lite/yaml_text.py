@@ -42,8 +42,8 @@ def load_yaml(text: str) -> Any:
         _refuse_overgrown(text)
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise YAMLError(f"line {mark.line + 1}: {error.problem}" if mark else one_line(error)) from None
+        mark, problem = error.problem_mark, str(error.problem).partition(" with value ")[0]  # it may be a password
+        raise YAMLError(f"line {mark.line + 1}: {problem}" if mark else one_line(error)) from None
     except (YAMLError, ValueError) as error:  # the latter for a date or number that cannot be
         raise YAMLError(one_line(error)) from None
 

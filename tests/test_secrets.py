@@ -130,6 +130,15 @@ def test_a_token_in_yaml_that_cannot_be_read(tmp_path):
         refused(load_recipe, file)
 
 
+def test_a_password_in_yaml_that_cannot_be_read_is_not_repeated(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text in ("hub_token: hunter2\nhub_token: hunter3\n", "train: {hub_token: hunter2, [", "hub_token: 'hunter2"):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match="not YAML: line ") as caught:
+            load_recipe(file)
+        assert "hunter" not in str(caught.value)
+
+
 def test_a_token_in_a_data_config(tmp_path):
     file = tmp_path / "config.yaml"
     for entry in (f"{{path: {SECRETS[-1]}, format: chat}}", "{path: rows.json, format: chat, token: hunter2}"):
