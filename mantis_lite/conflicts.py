@@ -55,6 +55,8 @@ def _part_conflicts(recipe: Recipe) -> Iterator[str]:
 def _method_conflicts(recipe: Recipe) -> Iterator[str]:
     if recipe.method == "full" and recipe.model.adapter:
         yield "model.adapter: has no effect with method=full\n  Set method=lora, or merge the adapter into its base."
+    if recipe.model.any_base and not recipe.model.adapter:
+        yield "model.any_base: has no effect without model.adapter\n  Leave it out."
     if recipe.method == "full" and (changed := _changed(recipe.lora)):
         yield f"lora.{changed[0]}: has no effect with method=full\n  Set lora=null, or method=lora."
     if recipe.quantized and recipe.method != "qlora":

@@ -78,6 +78,7 @@ class ModelRecipe(Section):
     name: str
     revision: str | None = None
     adapter: str | None = None
+    any_base: StrictBool = False
 
 
 class SourceRecipe(Section):

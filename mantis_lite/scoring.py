@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .data.collate import Batch, collate
 from .data.dataset import pack_epoch
@@ -23,7 +23,7 @@ from .metrics import Metrics, draw_confusion, probabilities, score_metrics
 from .models.adapters import load_adapter
 from .models.checkpoint import open_checkpoint
 from .models.head import labels_of, with_head
-from .models.load import load_model, loader_workers, placed, working_dtype
+from .models.load import load_model, loader_workers, placed, read_config, working_dtype
 from .recipe import ModelRecipe, Recipe, load_recipe, make_recipe
 
 
@@ -129,7 +129,7 @@ def open_scorer(source: str | Path, recipe: Recipe) -> Scorer:
         if not checkpoint.has_head:
             found = "a model without a score head"
             raise RecipeError(f"{source}: {found}\n  Name a run of task=classify, or another model.")
-    stated = AutoConfig.from_pretrained(adapter) if adapter.is_dir() else checkpoint.config
+    stated = read_config(adapter) if adapter.is_dir() else checkpoint.config
     labels, tokens = labels_of(stated, recipe.head, str(source)), getattr(stated, "score_token_ids", None)
     head = {"labels": list(labels.names), "score": "special_tokens" if tokens else "last_token"}
     recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update=head)})

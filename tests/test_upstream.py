@@ -115,7 +115,7 @@ def old(key, name):
 def write(folder, tensors, config, targets):
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS)
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets, "gone_since": 1}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets, "gone_since": None}))
     return folder
 
 
@@ -360,10 +360,10 @@ def test_magnitudes_without_dora(load, original, tmp_path):
     ("content", "message"),
     [
         ("{", "adapter_config.json: cannot be read: Expecting property"),
-        ("[]", "peft_type is None\n  Only LORA"),
+        ("[]", "it is a list, and no object\n  Name a folder"),
         ('{"peft_type": "IA3"}', "peft_type is IA3\n  Only LORA"),
         ('{"peft_type": "LORA", "rank_pattern": {"q_proj": 2}}', "rank_pattern is {'q_proj': 2}; .*\n  Merge it"),
-        (None, "adapter_config.json: cannot be read: .*No such file.*\n  Name a folder"),
+        (None, "adapter_config.json: cannot be read: no such file.*\n  Name a folder"),
     ],
 )
 def test_settings_that_cannot_be_taken_over(load, original, tmp_path, content, message):

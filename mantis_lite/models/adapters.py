@@ -7,18 +7,19 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError, one_line
-from ..recipe import LoraRecipe, Part, Recipe, Training
+from ..recipe import LoraRecipe, ModelRecipe, Part, Recipe, Training
+from .adapter_config import read_settings
 from .checkpoint import find_folder
 from .family import Family
-from .upstream import WHOLE, check_files, convert, is_upstream
+from .upstream import CONFIG, PICKLED, WEIGHTS, WHOLE, check_files, convert, is_upstream
 
 HEAD = "score"
 """The module of a score head, which always learns, whole and in float32."""
@@ -48,7 +49,7 @@ def make_trainable(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_is_head(name) or parts[part_of(name, family)] == "full")
     elif recipe.model.adapter:
-        model = load_adapter(model, recipe.model.adapter, import_upstream)
+        model = load_adapter(model, recipe.model.adapter, import_upstream, recipe.model)
     else:
         model = get_peft_model(model, lora_config(model, family, parts, recipe.lora, recipe.model.revision))
     for module in tower:
@@ -57,20 +58,22 @@ def make_trainable(
     return model
 
 
-def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, name: str, import_upstream: bool = False, base: ModelRecipe | None = None
+) -> PeftModel:
     """An adapter of a folder or the hub on its base, every tensor in its place; the original code's names too.
 
-    Raises RecipeError where a tensor is left over or missing: PEFT would go on with an adapter that is not there.
+    `base` is what the model is to the recipe, if it may be another than the adapter's. Raises RecipeError where a
+    tensor is left over or missing: PEFT would go on with an adapter that is not there.
     """
-    source = find_adapter(name, import_upstream)
+    source = find_adapter(name, import_upstream, base)
     kind, remedy = model.config.model_type, "Set model to the base it was trained from."
     with TemporaryDirectory() as folder:
         if is_upstream(source, model):
             convert(source, Path(folder), model, import_upstream)
             source = Path(folder)
         try:
-            config = PeftConfig.from_pretrained(source)
-            config.inference_mode = False
+            config = LoraConfig(**read_settings(source / CONFIG) | {"inference_mode": False})
             if hasattr(model, HEAD) and HEAD not in (config.modules_to_save or ()):
                 raise RecipeError(
                     f"model.adapter: {name} has no score head, so it is not one of task=classify\n"
@@ -94,14 +97,34 @@ def load_adapter(model: PreTrainedModel, name: str, import_upstream: bool = Fals
     return adapted
 
 
-def find_adapter(name: str, import_upstream: bool = False) -> Path:
+def find_adapter(name: str, import_upstream: bool = False, base: ModelRecipe | None = None) -> Path:
     """The folder of an adapter, here or from the hub, refused where its files tell that it cannot be loaded.
 
-    Raises RecipeError; needs no model, so that a run can be refused before anything is touched.
+    Raises RecipeError, also where it was trained on another model than `base`; needs no model, so that a run can be
+    refused before anything is touched.
     """
-    folder = find_folder("model.adapter", name, None, ["adapter_*", WHOLE])
+    folder = find_folder("model.adapter", name, None, [CONFIG, WEIGHTS, PICKLED, WHOLE])
     check_files(folder, import_upstream)
+    if base is not None and not base.any_base:
+        _refuse_another_base(name, read_settings(folder / CONFIG), base)
     return folder
+
+
+def _refuse_another_base(name: str, settings: Mapping[str, Any], base: ModelRecipe) -> None:
+    """An adapter says on what it was trained: a name on the hub, or a folder, of which the last name alone counts."""
+    own = Path(base.name).resolve().name if Path(base.name).is_dir() else base.name
+    trained_on, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) for model in (own, trained_on))
+    either = "or, if that is the same model, model.any_base=true."
+    if trained_on and (trained_on != own if on_hub else Path(trained_on).name != Path(own).name):
+        raise RecipeError(
+            f"model.adapter: {name} was trained on {trained_on}, and model is {own}\n  Set model={trained_on}; {either}"
+        )
+    if revision and revision != (base.revision or "main"):
+        found = (
+            f"{name} was trained on revision {revision} of its base, and model.revision is {base.revision or 'main'}"
+        )
+        raise RecipeError(f"model.adapter: {found}\n  Set model.revision={revision}; {either}")
 
 
 def lora_config(

@@ -24,7 +24,7 @@ from .. import tiny
 from ..data.encode import Encoder, Score
 from ..data.frames import Frames
 from ..data.template import Token, choose_template
-from ..errors import RecipeError, one_line
+from ..errors import RecipeError
 from ..recipe import MediaRecipe, ModelRecipe, Recipe
 from .family import Family
 from .fuyu import FUYU
@@ -32,6 +32,7 @@ from .idefics2 import IDEFICS2
 from .idefics3 import IDEFICS3
 from .llava import LLAVA
 from .qwen_vl import QWEN2, QWEN3
+from .small_files import read_small, refuse_hostile, unreadable
 
 FAMILIES = (LLAVA, IDEFICS2, FUYU, IDEFICS3, QWEN2, QWEN3)
 
@@ -144,6 +145,7 @@ class Checkpoint:
 def open_checkpoint(model: ModelRecipe) -> Checkpoint:
     """Read a checkpoint's small files; "tiny" is the model that comes with the package. Raises RecipeError."""
     folder = tiny.CHECKPOINT if model.name == "tiny" else find_folder("model", model.name, model.revision, SMALL_FILES)
+    refuse_hostile(folder)
     published, family = _published(folder, model.name)
     notice = family.mend(published)
     config, tokenizer = AutoConfig.for_model(**published), _tokenizer(folder)
@@ -175,10 +177,7 @@ def _published(folder: Path, name: str) -> tuple[dict[str, Any], Family]:
             f"model: {name} has no config.json; trained here: {supported}\n"
             "  Name a model on the hub, or a folder with one saved."
         )
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise unreadable(config_file, error) from None
+    config = read_small(config_file)
     found = config.get("model_type")
     family = next((family for family in FAMILIES if found in family.model_types), None)
     if family is None:
@@ -196,11 +195,6 @@ def _image_processor(folder: Path) -> BaseImageProcessor:
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
         raise unreadable(folder / "preprocessor_config.json", error) from None
-
-
-def unreadable(what: str | Path, error: Exception) -> RecipeError:
-    """What to say of a part of a checkpoint that another library cannot read."""
-    return RecipeError(f"model: {what} cannot be read: {one_line(error)}\n  Take the checkpoint as it was published.")
 
 
 def _refuse_another_start(tokenizer: Tokenizer, end: Token) -> None:

@@ -21,10 +21,11 @@ from ..recipe import HeadRecipe, Part, Recipe
 from .activations import keep_less
 from .adapters import HEAD, part_of
 from .attention import require_attention, use_attention
-from .checkpoint import Checkpoint, unreadable
+from .checkpoint import Checkpoint
 from .family import Family
 from .head import classifier_of, labels_of
 from .kernels import fuse, used_kernels
+from .small_files import read_small, refuse_settings, unreadable
 
 
 def working_dtype() -> torch.dtype:
@@ -87,7 +88,7 @@ def stated_head(checkpoint: Checkpoint, recipe: Recipe) -> HeadRecipe | None:
         return None
     name, config = checkpoint.name, checkpoint.config if checkpoint.has_head else None
     if recipe.model.adapter and (Path(recipe.model.adapter) / "config.json").is_file():
-        name, config = recipe.model.adapter, AutoConfig.from_pretrained(recipe.model.adapter)
+        name, config = recipe.model.adapter, read_config(Path(recipe.model.adapter))
     if config is None:
         return recipe.head
     labels = labels_of(config, recipe.head, name)
@@ -101,6 +102,17 @@ def stated_head(checkpoint: Checkpoint, recipe: Recipe) -> HeadRecipe | None:
         found = f"the head of {name} has {len(labels.names)} labels and does not name them"
         raise RecipeError(f"head.labels: {found}\n  State them, in its order.")
     return recipe.head.model_copy(update={"labels": list(labels.names)})
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config beside an adapter, which states its score head. Raises RecipeError."""
+    file = folder / "config.json"
+    settings = read_small(file)
+    refuse_settings(file, settings)
+    try:
+        return AutoConfig.for_model(**settings)
+    except (TypeError, ValueError) as error:  # of no model, or of none that is known
+        raise unreadable(file, error) from None
 
 
 def placed(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -120,6 +132,7 @@ def _from_pretrained(
             revision=checkpoint.revision,
             dtype=dtype,
             quantization_config=_quantization(checkpoint.family, recipe, dtype),
+            use_safetensors=True,
             device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
             output_loading_info=True,
         )

@@ -12,13 +12,10 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,16 +23,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..errors import RecipeError
+from .adapter_config import PREFIX, check_tensors, open_tensors, read_settings
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 WHOLE = "non_lora_trainables.bin"
 """Parameters of the base model that were trained beside the adapter; the original writes the file empty as well."""
 
-NEVER_SET = ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
+NEVER_SET = ("modules_to_save", "rank_pattern", "alpha_pattern")
 """Settings that the original code leaves alone; the names in them would have to be translated too."""
-
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
 
 AGAIN = "Copy it again from where it was trained."
 MERGE = "Merge it into its base with the versions it was trained with, and start from that."
@@ -52,14 +48,16 @@ def is_upstream(folder: Path, model: PreTrainedModel) -> bool:
     if file.name == PICKLED or (folder / WHOLE).exists():
         return True
     rename = _renaming(model)
-    return any(rename(key) != key.removeprefix(PREFIX) for key in _open(file).keys())
+    return any(rename(key) != key.removeprefix(PREFIX) for key in open_tensors(file).keys())
 
 
 def check_files(folder: Path, import_pickle: bool = False) -> None:
     """Refuse an adapter that its files show cannot be loaded, of the original code or not. Raises RecipeError."""
-    _settings(folder / CONFIG)
+    settings = read_settings(folder / CONFIG)
     for file in (_weights(folder), folder / WHOLE):
-        if file.name != WEIGHTS and file.exists() and not import_pickle:
+        if file.name == WEIGHTS:
+            check_tensors(file, settings)
+        elif file.exists() and not import_pickle:
             raise _unasked(file)
 
 
@@ -86,25 +84,12 @@ def convert(source: Path, target: Path, model: PreTrainedModel, import_pickle: b
     (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise RecipeError(
-            f"{file}: cannot be read: {error}\n  Name a folder with an adapter, as PEFT saves it."
-        ) from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise RecipeError(f"{file}: peft_type is {kind}\n  Only LORA is taken, DoRA included.")
-    return config
-
-
 def _config(file: Path) -> dict[str, Any]:
-    """The settings of an adapter of the original code, without those that PEFT no longer knows."""
-    config = _settings(file)
+    """The settings of an adapter of the original code, without those that are no longer known."""
+    config = read_settings(file)
     if found := [key for key in NEVER_SET if config.get(key)]:
         raise RecipeError(f"{file}: {found[0]} is {config[found[0]]}; the original code never sets it\n  {MERGE}")
-    return {key: value for key, value in config.items() if key in {field.name for field in fields(LoraConfig)}}
+    return config
 
 
 def _weights(folder: Path) -> Path:
@@ -115,16 +100,9 @@ def _weights(folder: Path) -> Path:
     raise RecipeError(f"{folder}: has no {WEIGHTS}\n  Name a folder with an adapter, as PEFT saves it.")
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise RecipeError(f"{file}: is damaged: {error}\n  {AGAIN}") from None
-
-
 def _read(file: Path, import_pickle: bool) -> dict[str, Tensor]:
     if file.name == WEIGHTS:
-        opened = _open(file)
+        opened = open_tensors(file)
         return {key: opened.get_tensor(key) for key in opened.keys()}
     if not import_pickle:
         raise _unasked(file)

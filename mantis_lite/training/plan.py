@@ -120,7 +120,7 @@ def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
     if recipe.memory.vision_cache != "off":
         require_encoder_outputs()
     if recipe.model.adapter:
-        find_adapter(recipe.model.adapter, import_upstream)
+        find_adapter(recipe.model.adapter, import_upstream, recipe.model)
     return open_checkpoint(recipe.model)
 
 
