@@ -22,6 +22,8 @@ import numpy as np
 
 from . import results
 
+TEXT = 500
+"""Characters of a turn."""
 LIMIT = 1 << 30
 """Bytes that reading may hold."""
 
@@ -30,10 +32,11 @@ def write_rows(path: Path, size: int) -> int:
     """Write rows until the file has this size; returns how many."""
     random = np.random.default_rng(0)
     words = np.array(["".join(random.choice(list("abcdefghijklmnoprstuvw"), n)) for n in random.integers(2, 9, 5000)])
+    text = " ".join(random.choice(words, 1_000_000))
     count = written = 0
     with path.open("w") as file:
         while written < size:
-            texts = [" ".join(random.choice(words, 90)) for _ in range(4)]
+            texts = [text[at : at + TEXT] for at in random.integers(0, len(text) - TEXT, 4).tolist()]
             turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
             written += file.write(json.dumps({"id": str(count), "messages": turns}) + "\n")
             count += 1
