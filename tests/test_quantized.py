@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
 from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
+from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training.run import start, train
@@ -45,6 +46,20 @@ def test_the_parts_that_are_named_are_in_4_bits_and_no_other(checkpoint_of, fami
             here = [n for n in linear if n in in_4_bits and part_of(n, checkpoint.family) == size.part]
             assert size.quantized == sum(linear[n].in_features * linear[n].out_features for n in here)
             assert size.quantized <= sum(held)
+
+
+def test_a_tower_with_a_pooling_head_is_in_4_bits_but_for_it(llava_folder, tmp_path):
+    """As the published SigLIP towers have one, whose attention bitsandbytes leaves as it is."""
+    shutil.copytree(llava_folder, tmp_path / "model")
+    config = AutoConfig.from_pretrained(llava_folder)
+    config.vision_config.vision_use_head = True
+    LlavaForConditionalGeneration.from_pretrained(llava_folder, config=config).save_pretrained(tmp_path / "model")
+    parts = ["language_model", "projector", "vision_tower"]
+    asked = quantized(tmp_path / "model", memory={"quantize": parts})
+    model = load_model(open_checkpoint(asked.model), asked)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    (head,) = [name for name in linear if name.endswith("head.attention.out_proj")]
+    assert {name for name, module in linear.items() if not isinstance(module, Linear4bit)} == {head, "lm_head"}
 
 
 def test_lora_on_4_bits_is_lora_on_the_weights_they_stand_for(checkpoint_of, encoder_of, family):
@@ -123,6 +138,7 @@ def test_optimisers_with_small_or_paged_states_learn(settings, tmp_path, optimiz
 
 LOADING = """
 import sys, threading, time
+from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import make_recipe

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import RecipeError
@@ -183,6 +184,7 @@ def _check_quantized(model: PreTrainedModel, family: Family, recipe: Recipe) -> 
         if isinstance(module, Linear4bit):
             # Or on some CPUs it computes otherwise once it no longer trains, and fails on layers of an odd width.
             module.support_avx512bf16_for_cpu = False
-        if isinstance(module, nn.Linear):
+        # The pooling head of a SigLIP, which no family here reads, has a layer that bitsandbytes knows not to take.
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
             wanted = name not in ("lm_head", HEAD) and part_of(name, family) in recipe.quantized
             assert isinstance(module, Linear4bit) == wanted, f"{name} is quantised, or is not, against the recipe"
