@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def faults(job: dict[str, Any]) -> list[TrainerCallback]:
     if "kill_at" in job:
         found.append(KillAt(job["kill_at"], job.get("saved", True)))
     for step, number in job.get("signals", ()):
-        found.append(AtStep(step, lambda model, number=number: os.kill(os.getpid(), number)))
+        found.append(AtStep(step, partial(_signal, number)))
     if "signal_in_evaluation" in job:
         found.append(InEvaluation(job["signal_in_evaluation"]))
     if "hold_at" in job:
@@ -103,6 +104,10 @@ def faults(job: dict[str, Any]) -> list[TrainerCallback]:
     if "progress" in job:
         found.append(Progress(job["progress"]))
     return found
+
+
+def _signal(number: int, model: torch.nn.Module) -> None:
+    os.kill(os.getpid(), number)
 
 
 def _trained(model: torch.nn.Module) -> torch.nn.Parameter:
