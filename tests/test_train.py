@@ -180,7 +180,7 @@ def infinite(folder):
         (lambda folder: (folder / "adapter_config.json").unlink(), r"adapter_config.json: cannot be read: "),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config.json: cannot be read: "),
         (lambda folder: settings_of(folder, peft_type="IA3"), r"peft_type is IA3\n  Only LORA is taken"),
-        (lambda folder: settings_of(folder, r=3), r"adapter_model.safetensors: .* is of rank \d+, by its settings \[3\]"),
+        (lambda folder: settings_of(folder, r=3), r"model.safetensors: .* is of rank \d+, by its settings \[3\]"),
         (infinite, r"model.adapter: \d+ tensors of .* are not finite, first .*\n  Its training diverged"),
     ],
     ids=["weights", "settings", "broken", "kind", "rank", "infinite"],
