@@ -53,6 +53,10 @@ REFUSED = {
     "use_liger_kernel": "set memory.kernels",
     "resume_from_checkpoint": "running again in the same run_dir resumes",
     "prediction_loss_only": "evaluation gives the loss",
+    "save_only_model": "a run goes on by the optimizer's state as well; set train.save_total_limit",
+    "ignore_data_skip": "a run that goes on takes up the rows where it stopped",
+    "enable_jit_checkpoint": "a signal has the run save by itself",
+    "auto_find_batch_size": "a pack is the batch; `mantis-lite fit` says beforehand whether it fits",
     "do_train": "that is what the command does",
     "do_predict": "there is nothing to predict on",
     "deepspeed": "set launch.strategy",
@@ -425,6 +429,8 @@ def _train_problems(train: dict[str, Any]) -> Iterator[str]:
         kind, name = numbers.get(_train_keys().get(key, ""), (object, ""))
         if key not in REFUSED and (not isinstance(value, kind) or (name and isinstance(value, bool))):
             yield f"train.{key}: expected {name}, found {value!r}"
+    if isinstance(rate := train.get("learning_rate"), int | float) and rate <= 0:
+        yield f"train.learning_rate: expected more than 0, found {rate}"
     steps = [key for key in STEP_SIZES if key in train]
     if len(steps) > 1:
         yield f"train: {' and '.join(steps)} each set the size of a step\n  Keep one of them."

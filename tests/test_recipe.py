@@ -168,6 +168,7 @@ def test_mistakes_are_named(settings, message):
         ({"train": {"optim": "sgd"}}, "train.optim: not set here: set memory.optimizer"),
         ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing: not set here: set memory.ch"),
         ({"train": {"deepspeed": "x"}}, "train.deepspeed: not set here: set launch.strategy"),
+        ({"train": {"learning_rate": 0}}, "train.learning_rate: expected more than 0, found 0"),
         (
             {"train": {"samples_per_step": 8, "gradient_accumulation_steps": 2}},
             "train: samples_per_step and gradient_accumulation_steps each set the size of a step\n  Keep one of them.",

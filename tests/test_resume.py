@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from clips_made import make
 from helpers import chat, logs_of, write_rows
+from safetensors.torch import load_file
 
 from benchmarks.forks import Forks
 from mantis_lite.errors import DiskError
 from mantis_lite.recipe import make_recipe
+from mantis_lite.training.checkpoints import saved, step_of
 from mantis_lite.training.jsonlines import JsonLines, lines_of
 from mantis_lite.training.run import start
 
@@ -97,8 +100,8 @@ def test_a_run_killed_at_every_step_is_the_run_that_was_not(forks, llava_folder,
     assert steps >= 4
     for step in range(1, steps + 1):
         # Once a step has been saved or, every other time, not yet: that one is taken twice.
-        for saved in [True] if step % 2 else [False, True]:
-            killed = trained(forks, settings, tmp_path / "killed", kill_at=step, saved=saved)
+        for once_saved in [True] if step % 2 else [False, True]:
+            killed = trained(forks, settings, tmp_path / "killed", kill_at=step, saved=once_saved)
             assert killed["status"] == -signal.SIGKILL, killed["said"]
     resumed = trained(forks, settings, tmp_path / "killed")
     assert resumed["status"] == 0, resumed["said"]
@@ -334,3 +337,17 @@ def test_lengths_that_cannot_be_kept_are_told_of(begun, tmp_path, caplog, monkey
     monkeypatch.setenv("MANTIS_LITE_CACHE", str(tmp_path / "file"))
     start(make_recipe(begun | {"run_dir": str(tmp_path / "other")}))
     assert re.search(r"lengths are not remembered: .*/file/lengths-\w+.npy cannot be written: ", caplog.text)
+
+
+def test_the_best_checkpoint_is_kept_and_gone_back_to(begun, tmp_path):
+    """By the held-out loss, which a rate far too high makes worse."""
+    train = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "samples_per_step": 4, "save_total_limit": 1}
+    best = {"save_steps": 1, "load_best_model_at_end": True, "max_steps": 4, "metric_for_best_model": "eval_loss"}
+    more = {"data": {"sources": begun["data"], "eval": 0.2}, "eval": {"every": 1}, "run_dir": str(tmp_path / "best")}
+    run = start(make_recipe(begun | more | {"train": train | best}))
+    folder = run.train()
+    losses = {log["step"]: log["eval_loss"] for log in logs_of(tmp_path / "best") if "eval_loss" in log}
+    best_step = min(losses, key=losses.get)
+    assert best_step < 4 and [step_of(path) for path in saved(tmp_path / "best")] == [best_step]
+    kept, found = (load_file(path / "adapter_model.safetensors") for path in (*saved(tmp_path / "best"), folder))
+    assert all(torch.equal(kept[name], value) for name, value in found.items())

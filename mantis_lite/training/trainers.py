@@ -124,10 +124,10 @@ class Lasting(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the trainer's own; rates and decay are the recipe's, where it was changed since."""
-        own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
+        own = [{key: group.get(key) for key in ("initial_lr", "weight_decay")} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.accepted and isinstance(self.lr_scheduler, LambdaLR):
-            scheduler = self.lr_scheduler
+        if self.accepted and isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [group["initial_lr"] for group in own]
             shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
             scheduler._last_lr = [rate * share for rate, share in zip(scheduler.base_lrs, shares, strict=True)]
