@@ -94,7 +94,8 @@ def check_command(
     from .report.check import check
 
     def watch(found: Any, total: int) -> Any:
-        return track(found, "decoding", total, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        return track(found, "decoding", total, console=console, transient=True, disable=not console.is_terminal)
 
     found = check(loaded, not quick, watch)
     if output is not None:
@@ -233,6 +234,9 @@ def _prepare_process() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
 
 
 def _show_start(run: Run) -> None:
