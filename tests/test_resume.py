@@ -316,6 +316,13 @@ def test_what_was_logged_half_is_forgotten(begun):
     assert steps == list(range(1, run.schedule.steps + 1))
 
 
+def test_rows_that_were_skipped_before_stay_counted(begun):
+    rejects = Path(begun["run_dir"]) / "rejects.jsonl"
+    rejects.write_text('{"where": "rows.jsonl:3"}\n{"where": "rows.js')
+    start(make_recipe(begun))
+    assert lines_of(rejects) == [{"where": "rows.jsonl:3"}] and rejects.read_text().count("\n") == 1
+
+
 def test_lines_wait_for_room_on_the_disk(tmp_path, caplog):
     lines = JsonLines(tmp_path / "no" / "metrics.jsonl")
     lines.append({"step": 1})

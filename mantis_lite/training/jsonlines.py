@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ class JsonLines:
 
     def rewind(self, step: int) -> None:
         """Forget what was written after a step: those steps are done again. A line that was cut short goes as well."""
-        kept = [line for line in lines_of(self.file) if step and line["step"] <= step]
-        self.count = len(kept)
-        if self.file.exists():
-            write_whole(self.file, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+        self.count = keep_whole_lines(self.file, lambda line: bool(step) and line["step"] <= step)
+
+
+def keep_whole_lines(file: Path, wanted: Callable[[dict[str, Any]], bool] = lambda line: True) -> int:
+    """Write a file anew with those of its lines that are whole and wanted; returns how many."""
+    kept = [line for line in lines_of(file) if wanted(line)]
+    if file.exists():
+        write_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+    return len(kept)
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:

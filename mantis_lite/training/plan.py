@@ -20,7 +20,9 @@ from ..models.kernels import chosen_kernels
 from ..models.load import stated_head
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
 from ..recipe import Recipe, save_recipe
+from .broken import REJECTS
 from .checkpoints import sweep
+from .jsonlines import keep_whole_lines
 from .lock import Lock
 from .picked import Settled, as_started, notices_of, settle
 from .resume import LABELS, Resumed, compare_data, find_resumed, write_rows
@@ -76,8 +78,10 @@ class Plan:
                 self.settled.write(self.asked)
             if (labels := self.prepared.labels) is not None:
                 write_whole(run_dir / LABELS, (json.dumps(asdict(labels), indent=2) + "\n").encode())
-        (run_dir / "rejects.jsonl").unlink(missing_ok=True)
-        write_rejects(self.prepared.rejects, run_dir / "rejects.jsonl")
+            write_whole(run_dir / REJECTS, b"")
+            write_rejects(self.prepared.rejects, run_dir / REJECTS)
+        else:  # with the rows that were found to be broken as they were decoded
+            keep_whole_lines(run_dir / REJECTS)
 
 
 def make_plan(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,9 +23,9 @@ from transformers import (
 )
 
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch
-from ..data.prepare import Prepared, write_rejects
+from ..data.prepare import Prepared
 from ..data.vision import Vision
-from ..errors import DiskError, OutOfMemory, SampleError, Stopped
+from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
 from ..models.attention import chosen_attention
@@ -36,6 +34,7 @@ from ..models.kernels import chosen_kernels, fuse, fused_layers, words
 from ..models.load import load_model
 from ..models.vision_cache import VisionCache
 from ..recipe import Recipe
+from .broken import Broken
 from .callbacks import Aside, MetricsFile, Seeds
 from .checkpoints import require_space, written
 from .curve import draw_curve
@@ -233,7 +232,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
         if recipe.memory.vision_cache != "off":  # an adapter that is gone on with says itself what trains
             trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
             cache = VisionCache(checkpoint, recipe, encoder, trained)
-        broken = _Broken(recipe, prepared)
+        broken = Broken(recipe, prepared)
         doing = Doing(training_arguments.dataloader_num_workers, lambda index: plan.samples([index])[0])
         shown = _datasets(plan, cache, broken, doing)
         # With its data sets made: they are hashed then, and the features with them, were they there already.
@@ -292,7 +291,7 @@ def _balanced(prepared: Prepared) -> list[float]:
     return [float((1 - share) / share) if 0 < share < 1 else 1.0 for share in shares]
 
 
-def _datasets(plan: Plan, cache: VisionCache | None, broken: _Broken, doing: Doing) -> tuple[Dataset, Dataset | None]:
+def _datasets(plan: Plan, cache: VisionCache | None, broken: Broken, doing: Doing) -> tuple[Dataset, Dataset | None]:
     """The packs to train on, and those that are held out."""
     train, held_out = plan.prepared.train, plan.prepared.held_out
     encoder = cache.encoder if cache else plan.encoder
@@ -302,7 +301,7 @@ def _datasets(plan: Plan, cache: VisionCache | None, broken: _Broken, doing: Doi
 
 
 def _fill(
-    cache: VisionCache, model: PreTrainedModel, training_arguments: TrainingArguments, plan: Plan, broken: _Broken
+    cache: VisionCache, model: PreTrainedModel, training_arguments: TrainingArguments, plan: Plan, broken: Broken
 ) -> str:
     """Fill the cache with every picture that the run will show, as its steps would compute them."""
     plans = [(plan.prepared.train, sorted({index for pack in plan.schedule.packs for index in pack}))]
@@ -332,27 +331,3 @@ def _trainer(
         eval_dataset=shown[1],
         processing_class=AutoTokenizer.from_pretrained(plan.checkpoint.folder),
     )
-
-
-class _Broken:
-    """Told of a picture that breaks when decoded: an error, or counted in rejects.jsonl up to 1% of the rows or one."""
-
-    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
-        self.skip = recipe.data.on_bad_row == "skip"
-        self.path = recipe.run_dir / "rejects.jsonl"
-        self.allowed = max(1, int(prepared.rows_read * 0.01))
-
-    def __call__(self, error: SampleError) -> None:
-        if not self.skip:
-            raise error
-        with self.path.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # workers are told of rows side by side, and of the same one
-            file.seek(0)
-            known = {json.loads(line)["where"] for line in file}
-            if error.where in known:
-                return
-            write_rejects([error], self.path)
-        if len(known) + 1 > self.allowed:
-            # Not a DataError: in a DataLoader worker only an error of one row keeps its words.
-            found = f"one of more than {self.allowed} rows that cannot be trained on, see {self.path}"
-            raise SampleError(error.where, found, f"The last: {error.found}. {error.remedy}", error.sample_id)
