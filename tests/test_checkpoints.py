@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,12 @@ def run(llava_folder, tmp_path):
     return run
 
 
+def test_a_run_goes_on_where_its_folder_was_moved_to(run, tmp_path):
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    again = start(run.recipe.model_copy(update={"run_dir": moved}))
+    assert again.resumed.checkpoint == moved / "checkpoint-2" and not again.resumed.changed
+
+
 def faulty(calls: int, happens) -> list[int]:
     """Have the n-th call that changes a file or folder happen otherwise, in this process from now on.
 
@@ -253,6 +260,23 @@ def test_a_full_disk_leaves_the_older_checkpoint(run, tmp_path):
         assert codes[0] == 6 and codes[-1] == 0 and codes == sorted(codes, reverse=True)
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("short", [1, 50_000])
+def test_a_file_whose_end_has_no_room_is_told_of(run, tmp_path, short):
+    """No file may be larger than the optimizer's is, less a byte at its end or much of it."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = (tmp_path / "run/checkpoint-2/optimizer.pt").stat().st_size - short
+    assert all(file.stat().st_size < most for file in (tmp_path / "run/checkpoint-2").glob("*.safetensors"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, kept[1]))
+        with pytest.raises(
+            DiskError, match=r"(?s)checkpoint-3 could not be written: .*checkpoint-2 is as it was: Free"
+        ):
+            run.trainer.save_now()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert newest(tmp_path / "run")[0].name == "checkpoint-2"
 
 
 def test_a_folder_that_cannot_be_written_says_so(run, tmp_path, monkeypatch):

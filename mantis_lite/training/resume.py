@@ -105,8 +105,9 @@ def _refusal(run_dir: Path, changed: list[str]) -> ResumeError:
 
 
 def _changes(before: Recipe, now: Recipe) -> Iterator[str]:
-    """The keys that differ, each with both values."""
-    yield from _differences(before.model_dump(mode="json"), now.model_dump(mode="json"))
+    """The keys that differ, each with both values; a folder that was moved is the same run."""
+    place = {"run_dir"}
+    yield from _differences(before.model_dump(mode="json", exclude=place), now.model_dump(mode="json", exclude=place))
 
 
 def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[str]:
