@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from . import results, saves
 from .forks import Forks
-from .sides import STEPS, Side
+from .sides import ROWS_A_STEP, STEPS, Side
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 TRIALS = 10
@@ -36,18 +36,19 @@ CANARY = "hf_" + "canary" * 6
 
 
 def killed(count: int, side: Side) -> dict[str, Any]:
-    """Kill runs at random moments, save every step, and start them again until they end; then compare.
+    """Kill runs of twice as many steps at random moments, start them again until they end, and compare.
 
-    `lost` are steps that had been taken and were taken again.
+    Every step is saved: the most that a kill can fall into. `lost` are steps that were taken and are taken again.
     """
-    seconds = side.straight("straight")["seconds"]
+    rows = 2 * STEPS * ROWS_A_STEP
+    seconds = side.straight("straight", rows=rows)["seconds"]
     drawn = np.random.default_rng(0)
     found: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     lost, runs = 0, 0
     while found["kills"] < count:
         name, progress = f"killed-{runs}", side.folder / f"progress-{runs}"
-        done = side(name, progress=str(progress), kill_after=drawn.uniform(0.05, 0.95) * seconds)
+        done = side(name, rows, progress=str(progress), kill_after=drawn.uniform(0.05, 0.95) * seconds)
         notes = progress.read_text().split("\n")[:-1] if progress.exists() else []
         found["kills"] += done["status"] == -signal.SIGKILL
         found["kills_in_a_save"] += done["status"] == -signal.SIGKILL and bool(notes) and notes[-1].startswith("step")
