@@ -368,6 +368,18 @@ def test_any_name_is_a_file(clips, made, monkeypatch, tmp_path):
         assert clips.header(Path(name)).frames == FRAMES
 
 
+@pytest.mark.parametrize("name", ["list.m3u8", "list.txt"])
+def test_a_list_of_other_files_is_no_clip(clips, made, tmp_path, name):
+    """Which FFmpeg would follow to wherever it leads."""
+    elsewhere = made("gop10.mp4")
+    text = f"ffconcat version 1.0\nfile '{elsewhere}'\n"
+    if name != "list.txt":
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{elsewhere}\n#EXT-X-ENDLIST\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ClipError, match="is of a kind that is not read as a clip, as a list of other files is not"):
+        clips.header(tmp_path / name)
+
+
 # The process that reads
 
 

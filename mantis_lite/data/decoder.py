@@ -32,6 +32,13 @@ from av.video.stream import VideoStream
 MOMENT = 1e-6  # s: a time this little before a picture is that picture's, for the rounding of floats
 SLACK = 0.5  # s: by so much pictures may end before a length that is stated of the whole clip
 SPARE = (0, 1, 10)  # s: how far before a key picture to seek, as some seeks land behind it
+# FFmpeg's names of the containers that are read. Those that name other files, as hls, concat, dash and imf do, are not.
+CONTAINERS = (
+    *("mov", "mp4", "m4v", "3gp", "matroska", "webm", "avi", "flv", "asf", "mpegts", "mpeg", "mpegvideo", "ogg", "gif"),
+    *("apng", "ivf", "nut", "rm", "mxf", "dv", "wtv", "mjpeg", "h264", "hevc", "obu", "av1", "vc1"),
+)
+# What is opened to say what it is: a picture, or sound alone.
+NO_CLIPS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "mp3", "wav", "aac", "flac", "image2")
 WIDEST = 16  # how many times as wide as high a pixel may be, or as high as wide
 
 
@@ -415,9 +422,16 @@ class Clip:
 
 
 def _opened(path: str, most: int) -> InputContainer:
-    """Open a file as a plain local one, whatever its name or content looks like."""
-    options = {"protocol_whitelist": "file", "max_pixels": str(most)}  # to open is to decode a little
-    return av.open(f"file:{path}", metadata_errors="replace", options=options)
+    """Open a file as a plain local one, whatever its name or content looks like: no playlist that names others."""
+    options = {
+        "protocol_whitelist": "file",
+        "format_whitelist": ",".join((*CONTAINERS, *NO_CLIPS)),
+        "max_pixels": str(most),  # to open is to decode a little
+    }
+    try:
+        return av.open(f"file:{path}", metadata_errors="replace", options=options)
+    except av.ArgumentError:
+        raise Unreadable("is of a kind that is not read as a clip, as a list of other files is not") from None
 
 
 def _pictures(container: InputContainer) -> VideoStream:
