@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-slow check bench bench-gpu tiny clean
+.PHONY: quickstart test test-all test-slow test-versions test-floor test-latest check bench bench-gpu bench-reliability tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,24 @@ test-slow: .venv/installed
 
 test-all: test test-slow
 
+# The oldest versions that pyproject.toml allows and the newest, each in an environment of its own, and the tests that
+# the same numbers come out: packed and separate, original code and ours, stopped and not, saved and loaded again. Of
+# torch there is one version on the index this is made on, so its floor is the one that is not tested.
+VERSION_TESTS := isolation golden families resume adapters upstream quantized load train trackers secrets
+SHOWN := torch|transformers|trl|peft|datasets|accelerate|bitsandbytes|huggingface_hub|tokenizers|safetensors|numpy
+
+test-versions: test-floor test-latest
+
+test-floor test-latest: test-%: .venv-%/installed
+	.venv-$*/bin/pip freeze --disable-pip-version-check | grep -E '^($(SHOWN))=='
+	.venv-$*/bin/pytest -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
+
+.venv-%/installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt \
+		--editable . pytest pytest-timeout hypothesis tensorboard
+	touch $@
+
 # What a commit is held to: ruff, formatting, types (.pre-commit-config.yaml).
 check: .venv/installed
 	$(BIN)/pre-commit run --all-files
@@ -31,6 +49,10 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loss
 
+# What becomes of runs that are killed, and so on, some hours of it; traces system calls and fills a disk where it may.
+bench-reliability: .venv/installed
+	$(BIN)/python -m benchmarks.reliability
+
 # On a machine with an NVIDIA GPU, in an environment that holds the package.
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu
@@ -39,4 +61,4 @@ tiny: .venv/installed
 	$(BIN)/python -m mantis_lite.tiny.build mantis_lite/tiny/checkpoint
 
 clean:
-	rm -rf .venv runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-latest runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
