@@ -56,6 +56,7 @@ REFUSED = {
     "save_only_model": "a run goes on by the optimizer's state as well; set train.save_total_limit",
     "ignore_data_skip": "a run that goes on takes up the rows where it stopped",
     "enable_jit_checkpoint": "a signal has the run save by itself",
+    "dataloader_in_order": "packs come in the order of the plan",
     "auto_find_batch_size": "a pack is the batch; `mantis-lite fit` says beforehand whether it fits",
     "do_train": "that is what the command does",
     "do_predict": "there is nothing to predict on",

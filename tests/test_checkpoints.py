@@ -100,10 +100,12 @@ def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
 def test_a_disk_too_small_is_refused_at_the_start(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     require_space(tmp_path, free // 100, 500, keep=3)
-    found = r"501 checkpoints of about .* need .* MB on the disk of .*\n  Free some, set train.save_total_limit=1, or"
+    found = (
+        r"501 more checkpoints of about .* take .* MB on the disk of .*\n  Free some, set train.save_total_limit=1, or"
+    )
     with pytest.raises(DiskError, match=found):
         require_space(tmp_path, free // 100, 500, keep=None)
-    with pytest.raises(DiskError, match=r"2 checkpoints of about .*\n  Free some, or set run_dir to another disk"):
+    with pytest.raises(DiskError, match=r"2 more checkpoints of about .*\n  Free some, or set run_dir to another disk"):
         require_space(tmp_path, free // 2 + free // 100, 1, keep=None)
 
 
@@ -119,6 +121,21 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     lock = Lock(tmp_path)
     lock.take()  # what held it is dead
     lock.release()
+
+
+def test_a_folder_that_cannot_be_locked_is_told_of(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(DiskError, match=r"\.lock cannot be written and locked: Is a directory\n  See that the folder"):
+        Lock(tmp_path).take()
+
+
+def test_room_is_asked_for_what_will_be_added(tmp_path):
+    for step in (1, 2, 3):
+        made(tmp_path, step)
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path, int(free / 1.9), 50, keep=3)  # the three that are there make room, one at a time
+    with pytest.raises(DiskError, match="4 more checkpoints"):
+        require_space(tmp_path, int(free / 1.9), 3, keep=None)
 
 
 @pytest.fixture
@@ -250,7 +267,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(run, tmp_path):
                 codes.append(0)
             except DiskError as error:
                 assert "could not be written: " in str(error) and "it takes about" in str(error)
-                assert "checkpoint-2 is as it was: Free some room" in str(error)
+                assert "again. checkpoint-2 is as it was: the run goes on from there." in str(error)
                 codes.append(error.exit_code)
             checkpoint, skipped = newest(small / "run")
             assert checkpoint.name == ("checkpoint-2" if codes[-1] else "checkpoint-3") and not skipped
@@ -271,7 +288,7 @@ def test_a_file_whose_end_has_no_room_is_told_of(run, tmp_path, short):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, kept[1]))
         with pytest.raises(
-            DiskError, match=r"(?s)checkpoint-3 could not be written: .*checkpoint-2 is as it was: Free"
+            DiskError, match=r"(?s)checkpoint-3 could not be written: .*  Free some room, .*checkpoint-2 is as it was"
         ):
             run.trainer.save_now()
     finally:
@@ -284,7 +301,10 @@ def test_a_folder_that_cannot_be_written_says_so(run, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", refuses)
-    with pytest.raises(DiskError, match=r"checkpoint-3 could not be written: Read-only file system; it takes about"):
+    with pytest.raises(
+        DiskError,
+        match=r"checkpoint-3 could not be written: Read-only file system; it takes about .*\n  See that the folder",
+    ):
         run.trainer.save_now()
 
 

@@ -74,7 +74,7 @@ def test_a_step_with_no_number_in_its_gradient_is_not_taken(llava_folder, tmp_pa
     run.trainer.add_callback(Keeps())
     folder = run.train()
     packs = run._packs(3).packs
-    names = [name for pack in packs for name in run.samples(pack)]
+    names = [run.called(index) for pack in packs for index in pack]
     assert names[0].startswith("rows.jsonl:") and '(id "n' in names[0]
     (line,) = lines_of(tmp_path / "run/skipped.jsonl")
     assert line == {"step": 3, "found": "the gradient is not finite", "samples": names}
@@ -104,7 +104,7 @@ def test_a_loss_that_is_no_number_names_its_pack(llava_folder, tmp_path):
     layer.norm = Breaks(layer.norm)
     run.train()
     (line,) = lines_of(tmp_path / "run/skipped.jsonl")
-    assert line == {"step": 2, "found": "the loss is not finite", "samples": run.samples(wanted)}
+    assert line == {"step": 2, "found": "the loss is not finite", "samples": [run.called(index) for index in wanted]}
 
 
 def test_weights_that_are_lost_end_the_run_with_the_last_good_checkpoint(llava_folder, tmp_path):
@@ -150,15 +150,13 @@ def without_gradient(parameters) -> None:
         parameter.register_hook(torch.zeros_like)
 
 
-@pytest.mark.parametrize(("steps", "at"), [(STEPS, STEPS), (30, 10)])
-def test_a_part_that_does_not_move_ends_the_run(llava_folder, tmp_path, steps, at):
-    """At the end of a short run, and early in a long one."""
+@pytest.mark.parametrize(("steps", "at", "decay"), [(STEPS, STEPS, 0.0), (30, 10, 0.1)])
+def test_a_part_without_gradient_ends_the_run(llava_folder, tmp_path, steps, at, decay):
+    """At the end of a short run, and early in a long one; that decay moves it is of no account."""
     trained = {"language_model": "adapter", "projector": "adapter"}
-    run = run_of(llava_folder, tmp_path, {"max_steps": steps}, trainable=trained)
+    run = run_of(llava_folder, tmp_path, {"max_steps": steps, "weight_decay": decay}, trainable=trained)
     without_gradient(run.trainer.numbers.parts["projector"])
-    with pytest.raises(
-        DivergedError, match=r"projector: should train, and has not moved in \d+ steps: it gets no grad"
-    ):
+    with pytest.raises(DivergedError, match=r"projector: should train, and has had no gradient in \d+ steps\n  Look"):
         run.train()
     assert run.trainer.state.global_step in (at, at + 1)  # the first step of a warm-up has a rate of 0
     assert not (tmp_path / "run/adapter").exists()
@@ -181,6 +179,16 @@ def numbers(tmp_path, **more) -> tuple[Numbers, SimpleNamespace]:
     state = SimpleNamespace(global_step=0, max_steps=100, log_history=[])
     found.on_train_begin(None, state, None)
     return found, state
+
+
+def test_a_part_that_does_not_move_ends_the_run(tmp_path):
+    found, _ = numbers(tmp_path)
+    found.used = lambda step: {"language_model"}
+    found.without_gradient.clear()
+    with pytest.raises(DivergedError, match=r"has not moved in 0 steps, which are too small\n  Raise train.learning_r"):
+        found.require_moved(7)
+    found.parameters[0].data += 1e-3
+    found.require_moved(7)
 
 
 def test_overflows_of_float16_are_left_to_the_loss_scale_for_a_while(tmp_path):

@@ -147,7 +147,7 @@ def test_a_run_that_goes_on_keeps_to_what_was_picked(asked, tmp_path, monkeypatc
         "memory.fit: this run goes on as it was picked when it was started",
     ]
     with pytest.raises(
-        ResumeError, match="holds a run with\n  another packing.max_length: 1024 before, 512 now\n  Add"
+        ResumeError, match=r"holds a run with\n  another packing.max_length: 1024 before, 512 now\n  Add"
     ):
         start(make_recipe(asked, ["packing.max_length=512"]))
     (tmp_path / "run" / "fit.json").write_text("{")

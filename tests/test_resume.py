@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import time
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from clips_made import make
-from helpers import chat, logs_of, write_rows
+from helpers import chat, logs_of, picture, write_rows
 from safetensors.torch import load_file
 
 from benchmarks.forks import Forks
+from mantis_lite.data.digest import digest
+from mantis_lite.data.paths import MediaFolder
+from mantis_lite.data.schema import parse
 from mantis_lite.errors import DiskError
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training.checkpoints import saved, step_of
@@ -53,7 +57,8 @@ def curve_of(run_dir: Path) -> list[tuple]:
 
 
 def weights_of(run_dir: Path) -> str:
-    return hashlib.sha256((run_dir / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+    (file,) = [*run_dir.glob("adapter/*.safetensors"), *run_dir.glob("model/*.safetensors")]
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def trained(forks, settings, run_dir, **job) -> dict:
@@ -67,8 +72,9 @@ def chat_rows(folder: Path) -> str:
 
 def of_task(task: str, folder, tmp_path: Path) -> dict:
     """A short run of a task: two epochs, so that it is stopped within one and at its end."""
-    if task == "chat":
-        return settings_of(folder, {"sources": chat_rows(tmp_path), "eval": 0.2}, eval={"every": 2})
+    if task in ("chat", "full"):
+        more = {"method": "full", "lora": {}} if task == "full" else {}
+        return settings_of(folder, {"sources": chat_rows(tmp_path), "eval": 0.2}, eval={"every": 2}, **more)
     if task == "video":
         clip = make(tmp_path / "clip.mp4", frames=12)
         rows = [{"video": clip.name, "messages": chat(f"<video> {i}?", f"it is {i}")["messages"]} for i in range(10)]
@@ -84,8 +90,8 @@ def of_task(task: str, folder, tmp_path: Path) -> dict:
 
 
 EVERY = [
-    pytest.param(task, workers, marks=[] if (task, workers) in (("chat", 0), ("video", 2)) else pytest.mark.slow)
-    for task in ("chat", "video", "classify")
+    pytest.param(task, workers, marks=[] if (task, workers) in (("full", 0), ("video", 2)) else pytest.mark.slow)
+    for task in ("chat", "full", "video", "classify")
     for workers in (0, 2)
 ]
 
@@ -157,8 +163,10 @@ def test_a_signal_has_the_step_finished_and_saved(forks, settings, straight, tmp
     assert weights_of(tmp_path / "run") == weights_of(straight[0])
 
 
-def test_a_second_interrupt_ends_at_once(forks, settings, tmp_path):
-    stopped = trained(forks, settings, tmp_path / "run", signals=[(2, signal.SIGINT), (2, signal.SIGINT)])
+@pytest.mark.parametrize("first", [[], [(2, signal.SIGTERM)]])
+def test_a_second_interrupt_ends_at_once(forks, settings, tmp_path, first):
+    signals = [*first, (2, signal.SIGINT), (2, signal.SIGINT)]
+    stopped = trained(forks, settings, tmp_path / "run", signals=signals)
     assert stopped["status"] == -signal.SIGINT
     assert "SIGINT: finishing the step and saving; Ctrl-C again ends at once" in stopped["said"]
     assert trained(forks, settings, tmp_path / "run")["status"] == 0
@@ -231,6 +239,38 @@ def test_another_recipe_is_refused_with_the_difference_or_accepted(forks, begun)
     rates = [log["learning_rate"] for log in logs_of(Path(begun["run_dir"])) if "loss" in log]
     assert max(rates[:2]) > 0.001 >= max(rates[2:]) > 0
     assert forks(now)["status"] == 7  # finished
+
+
+def test_what_makes_no_difference_may_be_another(forks, begun, straight):
+    """And holds from then on: the checkpoint's own is not gone by."""
+    done = forks(begun | {"train": begun["train"] | {"save_steps": 100, "save_total_limit": 9}})
+    assert done["status"] == 0, done["said"]
+    assert "notice: accepted: another train.save_steps: 1 before, 100 now" in done["said"]
+    run_dir = Path(begun["run_dir"])
+    steps = max(log["step"] for log in logs_of(run_dir))
+    assert [step_of(path) for path in saved(run_dir)] == [steps, 2, 1]
+    assert weights_of(run_dir) == weights_of(straight[0])
+
+
+def test_rates_that_go_by_how_the_run_went_cannot_be_changed(forks, settings, tmp_path):
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
+    data = {"sources": chat_rows(tmp_path), "eval": 0.2}
+    own = settings | {"data": data, "eval": {"every": 1}, "train": settings["train"] | plateau}
+    assert trained(forks, own, tmp_path / "run", kill_at=2)["status"] == -9
+    other = own | {"train": own["train"] | {"learning_rate": 0.001}}
+    refused = trained(forks, other, tmp_path / "run", options={"accept_changes": True})
+    assert refused["status"] == 7 and "reduce_lr_on_plateau sets its rates by how the run went" in refused["said"]
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "labels.json"])
+def test_a_run_without_its_own_files_is_refused(forks, llava_folder, tmp_path, file):
+    settings = of_task("classify", llava_folder, tmp_path)
+    assert trained(forks, settings, tmp_path / "run", kill_at=1)["status"] == -9
+    (tmp_path / "run" / file).unlink()
+    refused = trained(forks, settings, tmp_path / "run")
+    assert (
+        refused["status"] == 7 and file in refused["said"] and "Add --from-scratch to move it aside" in refused["said"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,8 +348,8 @@ def test_a_run_that_goes_on_encodes_nothing_that_was_used(begun, monkeypatch):
 
 def test_what_was_logged_half_is_forgotten(begun):
     metrics = Path(begun["run_dir"]) / "metrics.jsonl"
-    with metrics.open("a") as file:
-        file.write('{"step": 2, "loss": 1.')  # as a kill leaves it
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 2, "lo\0\0\n{"step": 2, "loss": 1.')  # as a lost disk and a kill leave it
     run = start(make_recipe(begun))
     run.walk()
     steps = [log["step"] for log in logs_of(Path(begun["run_dir"])) if "loss" in log]
@@ -339,6 +379,22 @@ def test_a_run_directory_that_cannot_be_made_is_a_disk_error(begun, tmp_path):
         start(make_recipe(begun | {"run_dir": str(tmp_path / "file/run")}))
 
 
+def test_lines_that_cannot_be_written_anew_are_a_disk_error(tmp_path, monkeypatch):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1})
+    monkeypatch.setattr(os, "replace", None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.close(99999))
+    with pytest.raises(DiskError, match=r"metrics.jsonl cannot be written: Bad file descriptor\n  Make room there"):
+        lines.rewind(1)
+
+
+def test_a_name_that_is_no_text_has_a_digest(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(picture(1))
+    sample = parse({"images": [name], "messages": chat("a", "b")["messages"]}, "row", MediaFolder(tmp_path))
+    assert digest(sample) != digest(parse(chat("a", "b", images=(1,)), "row", None))
+
+
 def test_lengths_that_cannot_be_kept_are_told_of(begun, tmp_path, caplog, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MANTIS_LITE_CACHE", str(tmp_path / "file"))
@@ -355,6 +411,10 @@ def test_the_best_checkpoint_is_kept_and_gone_back_to(begun, tmp_path):
     folder = run.train()
     losses = {log["step"]: log["eval_loss"] for log in logs_of(tmp_path / "best") if "eval_loss" in log}
     best_step = min(losses, key=losses.get)
-    assert best_step < 4 and [step_of(path) for path in saved(tmp_path / "best")] == [best_step]
-    kept, found = (load_file(path / "adapter_model.safetensors") for path in (*saved(tmp_path / "best"), folder))
+    assert best_step < 4 and [step_of(path) for path in saved(tmp_path / "best")] == [4, best_step]
+    best = tmp_path / f"best/checkpoint-{best_step}"
+    kept, found = (load_file(path / "adapter_model.safetensors") for path in (best, folder))
+    assert json.loads((best.parent / "checkpoint-4/trainer_state.json").read_text())["best_model_checkpoint"] == str(
+        best
+    )
     assert all(torch.equal(kept[name], value) for name, value in found.items())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat, losses, recipe, write_rows
+from helpers import chat, logs_of, losses, recipe, write_rows
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
@@ -17,12 +17,12 @@ from mantis_lite.training.signals import GRACE
 from mantis_lite.training.workers import WorkerError
 
 
-def run_of(folder, tmp_path, name: str, workers: int):
+def run_of(folder, tmp_path, name: str, workers: int, **more):
     rows = [chat(f"what is number {i}?", f"number {i} is red", id=f"n{i}") for i in range(24)]
     train = {"max_steps": 8, "learning_rate": 0.01, "save_steps": 100, "gradient_accumulation_steps": 2}
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    settings = {"data": data, "run_dir": str(tmp_path / name), "packing": "off"}
-    return start(recipe(folder, train=train | {"dataloader_num_workers": workers}, **settings))
+    settings = {"data": {"sources": data, "eval": 0.1 if more else None}, "run_dir": str(tmp_path / name)} | more
+    return start(recipe(folder, packing="off", train=train | {"dataloader_num_workers": workers}, **settings))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def killing(monkeypatch, tmp_path):
 def sample_of(run, micro_step: int) -> tuple[str, str]:
     """The sample of a pack, in order: its id, and what it is called."""
     (index,) = run.schedule.packs[micro_step]
-    return run.prepared.train[index].id, run.samples([index])[0]
+    return run.prepared.train[index].id, run.called(index)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,6 +64,29 @@ def test_batches_come_in_the_same_order_when_a_worker_dies(llava_folder, tmp_pat
     assert f"a DataLoader worker died at {called}; it is begun anew" in caplog.text
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(folder).items())
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_begun_anew_when_a_worker_dies(llava_folder, tmp_path, killing, caplog):
+    settings = {"eval": {"every": 4}}
+    straight = run_of(llava_folder, tmp_path, "straight", 0, **settings)
+    straight.train()
+    run = run_of(llava_folder, tmp_path, "run", 2, **settings)
+    sample_id = run.prepared.held_out[1].id
+    killing(sample_id, 1)
+    run.train()
+    assert f"a DataLoader worker died at {run.called(1, held_out=True)}; it is begun anew" in caplog.text
+    found, wanted = (
+        [(log["eval_loss"], log["eval_mean_token_accuracy"]) for log in logs_of(tmp_path / name) if "eval_loss" in log]
+        for name in ("run", "straight")
+    )
+    assert found == wanted and len(found) == 2
+    (tmp_path / "deaths").unlink()
+    run = run_of(llava_folder, tmp_path, "other", 2, **settings)
+    killing(sample_id, 9)
+    with pytest.raises(WorkerError, match="4 DataLoader workers died"):
+        run.train()
+    assert newest(tmp_path / "other")[0].name == "checkpoint-4"
 
 
 @pytest.mark.slow

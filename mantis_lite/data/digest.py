@@ -49,4 +49,4 @@ def _of_video(video: Video) -> Iterator[bytes]:
 
 def _of_file(path: Path) -> bytes:
     found = os.stat(path)
-    return f"{path.name}\0{0 if stat.S_ISDIR(found.st_mode) else found.st_size}".encode()
+    return os.fsencode(f"{path.name}\0{0 if stat.S_ISDIR(found.st_mode) else found.st_size}")

@@ -34,6 +34,13 @@ class Seeds(TrainerCallback):
         set_seed(int(drawn[0]))
 
 
+class Intervals(TrainerCallback):
+    """Has the run log, evaluate and save as often as its recipe says now, and not as its checkpoint did."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to metrics.jsonl: step, epoch, loss, learning rate, gradient norm, time.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -112,9 +113,9 @@ def rotate(run_dir: Path, keep: int | None, best: Path | None = None) -> None:
     One that cannot be removed stays, with a warning.
     """
     checkpoints = saved(run_dir)
-    if keep is None or fault(checkpoints[0]) is not None:
+    if not keep or fault(checkpoints[0]) is not None:
         return
-    for folder in checkpoints[max(1, keep) :]:
+    for folder in checkpoints[keep:]:
         try:
             if folder != best:
                 remove(folder)
@@ -142,16 +143,17 @@ def sweep(run_dir: Path) -> None:
 
 
 def require_space(run_dir: Path, size: int, saves: int, keep: int | None) -> None:
-    """Raise DiskError where the disk has no room for `saves` checkpoints of `size` bytes, of which `keep` are kept.
+    """Raise DiskError where the disk has no room for `saves` more checkpoints of `size` bytes, `keep` of all kept.
 
     One more is there while it is written.
     """
-    held = min(saves, keep or saves) + 1
+    have = len(saved(run_dir))
+    held = max(1, min(have + saves, keep or have + saves) + 1 - have)
     free = shutil.disk_usage(run_dir).free
     if held * size > free:
-        more = "" if held <= 2 else ", set train.save_total_limit=1"
+        more = "" if keep == 1 or held <= 2 else ", set train.save_total_limit=1"
         raise DiskError(
-            f"run_dir: {held} checkpoints of about {_bytes(size)} need {_bytes(held * size)} on the disk of {run_dir}, "
+            f"run_dir: {_counted(held)} of about {_bytes(size)} take {_bytes(held * size)} on the disk of {run_dir}, "
             f"and {_bytes(free)} are free\n  Free some{more}, or set run_dir to another disk."
         )
 
@@ -194,8 +196,14 @@ def _unwritten(folder: Path, size: int | None, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     needs = f"; it takes about {_bytes(size)}, and {_bytes(free)} are free" if size else f"; {_bytes(free)} are free"
     before = [path for path in saved(folder.parent) if path != folder]
-    kept = f"{before[0].name} is as it was: " if before else ""
-    return f"{folder} could not be written: {reason}{needs}\n  {kept}Free some room and run the same command to go on."
+    kept = f" {before[0].name} is as it was: the run goes on from there." if before else ""
+    full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "Free some room" if full else "See that the folder can be written"
+    return f"{folder} could not be written: {reason}{needs}\n  {remedy}, and run the same command again.{kept}"
+
+
+def _counted(count: int) -> str:
+    return f"{count} more checkpoint{'s' if count > 1 else ''}"
 
 
 def _bytes(size: int) -> str:

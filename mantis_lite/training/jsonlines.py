@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import DiskError
 from ..files import write_whole
 
 log = logging.getLogger("mantis_lite")
@@ -48,14 +49,24 @@ class JsonLines:
 
 
 def keep_whole_lines(file: Path, wanted: Callable[[dict[str, Any]], bool] = lambda line: True) -> int:
-    """Write a file anew with those of its lines that are whole and wanted; returns how many."""
+    """Write a file anew with those of its lines that are whole and wanted; returns how many. Raises DiskError."""
     kept = [line for line in lines_of(file) if wanted(line)]
-    if file.exists():
-        write_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+    try:
+        if file.exists():
+            write_whole(file, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+    except OSError as error:
+        raise DiskError(f"{file} cannot be written: {error.strerror}\n  Make room there, and run again.") from error
     return len(kept)
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, if there is one."""
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The whole lines of a file, if there is one, up to the first that is not: a kill or a lost disk ends it there."""
+    found = []
+    for line in (file.read_bytes() if file.exists() else b"").splitlines(keepends=True):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            return found[:-1]
+    return found

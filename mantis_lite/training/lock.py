@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from ..errors import ResumeError
+from ..errors import DiskError, ResumeError
 
 
 class Lock:
@@ -22,21 +22,31 @@ class Lock:
         self.opened: int | None = None
 
     def take(self) -> None:
-        """Take hold of a folder that exists. Raises ResumeError where another process has it."""
+        """Take hold of a folder that exists. Raises ResumeError where another process has it, DiskError."""
         if self.opened is not None:
             return
-        opened = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            opened = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unlockable(error) from error
         try:
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             holder = os.read(opened, 200).decode(errors="replace").strip() or "another process"
             os.close(opened)
             raise ResumeError(
                 f"run_dir: {self.file.parent} is in use by {holder}\n  Let it finish, stop it, or set another run_dir."
             ) from None
+        except OSError as error:
+            os.close(opened)
+            raise self._unlockable(error) from error
         os.ftruncate(opened, 0)
         os.write(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self.opened = opened
+
+    def _unlockable(self, error: OSError) -> DiskError:
+        found = f"run_dir: {self.file} cannot be written and locked: {error.strerror}"
+        return DiskError(f"{found}\n  See that the folder can be written, or set run_dir to another disk.")
 
     def release(self) -> None:
         """Let go of it."""

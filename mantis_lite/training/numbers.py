@@ -37,7 +37,7 @@ log = logging.getLogger("mantis_lite")
 class Numbers(TrainerCallback):
     """Skips a step whose loss or gradient is not finite, and ends a run that cannot learn.
 
-    `parts` are the parameters that should train, by part; `seen(step)` names the parts that the data has had a use for
+    `parts` are the parameters that should train, by part; `used(step)` names the parts that the data has had a use for
     after so many steps; `named(step)` the samples of a step, by pack.
     """
 
@@ -54,7 +54,9 @@ class Numbers(TrainerCallback):
         self.parts, self.used, self.named = parts, used, named
         self.losses: list[Tensor] = []
         self.overflows = self.moving = 0
-        self.unskipped = True
+        self.spoiled = False
+        self.begun = 0
+        self.without_gradient = set(parts)
         self.mean: float | None = None
 
     @property
@@ -67,6 +69,7 @@ class Numbers(TrainerCallback):
         return torch.where(loss.isfinite(), loss, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = state.global_step
         self.skipped.rewind(state.global_step)
         self.before = {part: _sums(parameters) for part, parameters in self.parts.items()}
         for line in state.log_history:
@@ -77,9 +80,9 @@ class Numbers(TrainerCallback):
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         sound = bool(get_total_norm(gradients).isfinite()) if gradients else True
         finite = bool(torch.stack([loss.isfinite() for loss in losses]).all()) if losses else True
-        self.unskipped = sound and finite
         self.overflows = 0 if sound else self.overflows + 1
-        if self.unskipped:
+        if sound and finite:
+            self.without_gradient -= {part for part in self.without_gradient if self._has_gradient(part)}
             self.moving += any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
         elif not (kwargs["optimizer"].scaler and finite and self.overflows <= OVERFLOWS):
             self._skip(state.global_step + 1, [loss.item() for loss in losses])
@@ -89,14 +92,17 @@ class Numbers(TrainerCallback):
             self.require_moved(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps and 0 < self.moving:
+        # A run that went on may have had steps left in which nothing was to be learned.
+        if state.global_step >= state.max_steps and self.moving and not self.begun:
             self.require_moved(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        if not self.unskipped:
-            logs["loss"] = math.nan  # of a part of its packs alone otherwise
+        if self.spoiled:  # the sum has no more than some of its packs
+            logs["loss"] = math.nan
+            state.log_history[-1:] = [{**line, "loss": math.nan} for line in state.log_history[-1:]]
+            self.spoiled = False
         if self._follow(logs):
             logs["spike"] = True
             log.warning("step %d: the loss %.4g is a spike, %g times its mean", state.global_step, logs["loss"], SPIKE)
@@ -111,17 +117,26 @@ class Numbers(TrainerCallback):
             )
 
     def require_moved(self, step: int) -> None:
-        """Raise DivergedError where a part that should train is as it was."""
+        """Raise DivergedError where a part that should train has had no gradient, or is as it was."""
         used = self.used(step)
         for part, parameters in self.parts.items():
+            if part in used and part in self.without_gradient:
+                raise DivergedError(
+                    f"{part}: should train, and has had no gradient in {self.moving} steps\n"
+                    "  Look whether the rows have anything that is scored."
+                )
             if part in used and torch.equal(_sums(parameters), self.before[part]):
                 raise DivergedError(
-                    f"{part}: should train, and has not moved in {self.moving} steps: it gets no gradient\n"
-                    "  Look whether train.learning_rate is above 0, and whether rows have anything that is scored."
+                    f"{part}: should train, and has not moved in {self.moving} steps, which are too small\n"
+                    "  Raise train.learning_rate."
                 )
+
+    def _has_gradient(self, part: str) -> bool:
+        return any(p.grad is not None and bool(p.grad.any()) for p in self.parts[part])
 
     def _skip(self, step: int, losses: list[float]) -> None:
         """Take no step: the optimizer passes over what has no gradient."""
+        self.spoiled = True
         broken = [at for at, loss in enumerate(losses) if not math.isfinite(loss)]
         packs = self.named(step)
         samples = [name for at in broken or range(len(packs)) for name in packs[at]]

@@ -56,14 +56,15 @@ def as_started(recipe: Recipe) -> Recipe:
         return recipe
     try:
         kept = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        asked, picks = dict(kept["asked"]), list(kept["picked"])
+    except (ValueError, KeyError, TypeError) as error:
         found = f"{file} is damaged, so what was picked for the run is not known: {error}"
         raise RecipeError(
             f"run_dir: {found}\n  Add --from-scratch, or go on with {recipe.run_dir}/recipe.yaml."
         ) from None
     # Of settings that are other now, nothing is undone: they are compared with the run's own.
-    asked, now = kept["asked"], recipe.model_dump(mode="json")
-    picked = [words for words in kept["picked"] if asked[_section(words)] == now[_section(words)]]
+    now = recipe.model_dump(mode="json")
+    picked = [words for words in picks if asked.get(_section(words)) == now[_section(words)]]
     return changed(recipe, " ".join(["memory.fit=off", *picked]))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 
@@ -21,7 +20,7 @@ from ..models.load import stated_head
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
 from ..recipe import Recipe, save_recipe
 from .broken import REJECTS
-from .checkpoints import sweep
+from .checkpoints import remove, saved, step_of, sweep
 from .jsonlines import keep_whole_lines
 from .lock import Lock
 from .picked import Settled, as_started, notices_of, settle
@@ -52,10 +51,12 @@ class Plan:
         """What memory.fit=auto picked, in words."""
         return notices_of(self.settled, self.asked, self.recipe)
 
-    def samples(self, indices: Sequence[int]) -> list[str]:
-        """What samples are called in messages: file, row and id."""
-        found = [self.prepared.train[index] for index in indices]
-        return [sample.where if sample.id is None else f'{sample.where} (id "{sample.id}")' for sample in found]
+    def called(self, index: int, held_out: bool = False) -> str:
+        """What a sample is called in messages: file, row and id."""
+        samples = self.prepared.held_out if held_out else self.prepared.train
+        assert samples is not None
+        sample = samples[index]
+        return sample.where if sample.id is None else f'{sample.where} (id "{sample.id}")'
 
     def open_run_dir(self, from_scratch: bool) -> None:
         """Make the run's folder, or clear it of what a killed run was writing; and keep there what is trained on.
@@ -70,18 +71,30 @@ class Plan:
             self.lock.release()
         run_dir.mkdir(parents=True, exist_ok=True)
         self.lock.take()
-        sweep(run_dir)
+        self._clear()
         if self.resumed.checkpoint is None or self.resumed.changed:
-            save_recipe(self.recipe, run_dir / "recipe.yaml")
-            write_rows(run_dir, self.prepared, self.schedule)
-            if self.settled is not None:
-                self.settled.write(self.asked)
-            if (labels := self.prepared.labels) is not None:
-                write_whole(run_dir / LABELS, (json.dumps(asdict(labels), indent=2) + "\n").encode())
-            write_whole(run_dir / REJECTS, b"")
-            write_rejects(self.prepared.rejects, run_dir / REJECTS)
-        else:  # with the rows that were found to be broken as they were decoded
-            keep_whole_lines(run_dir / REJECTS)
+            self._keep_what_is_trained_on()
+
+    def _clear(self) -> None:
+        """Clear away what a killed run was writing, and set aside the checkpoints that are skipped."""
+        run_dir = self.recipe.run_dir
+        sweep(run_dir)
+        for folder in saved(run_dir) if self.resumed.checkpoint else ():
+            if step_of(folder) > self.resumed.step:  # or it would count as one that is kept
+                remove(folder.with_name(f"{folder.name}.damaged"))
+                folder.rename(folder.with_name(f"{folder.name}.damaged"))
+        keep_whole_lines(run_dir / REJECTS)
+
+    def _keep_what_is_trained_on(self) -> None:
+        run_dir = self.recipe.run_dir
+        save_recipe(self.recipe, run_dir / "recipe.yaml")
+        write_rows(run_dir, self.prepared, self.schedule)
+        if self.settled is not None:
+            self.settled.write(self.asked)
+        if (labels := self.prepared.labels) is not None:
+            write_whole(run_dir / LABELS, (json.dumps(asdict(labels), indent=2) + "\n").encode())
+        write_whole(run_dir / REJECTS, b"")
+        write_rejects(self.prepared.rejects, run_dir / REJECTS)
 
 
 def make_plan(

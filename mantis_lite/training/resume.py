@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -15,8 +16,9 @@ import numpy as np
 from ..data.dataset import Schedule
 from ..data.labels import Labels, some
 from ..data.prepare import Prepared, Samples
-from ..errors import ResumeError
+from ..errors import RecipeError, ResumeError, one_line
 from ..files import write_whole
+from ..models.load import working_dtype
 from ..recipe import Recipe, load_recipe
 from .checkpoints import newest, step_of
 
@@ -28,6 +30,9 @@ ROWS = "rows.npz"
 
 FIXED = ("model", "task", "method", "trainable", "lora", "head", "memory.quantize", "memory.optimizer")
 """What a checkpoint's tensors are made by: a run cannot go on with another."""
+
+FREE = ("train.save_steps", "train.save_total_limit", "train.dataloader_", "train.report_to", "train.run_name")
+"""What makes no difference to what is trained."""
 
 REMEDY = "Add --from-scratch to move it aside, or set another run_dir."
 
@@ -63,12 +68,12 @@ def find_resumed(recipe: Recipe, accept_changes: bool) -> Resumed:
     if any((run_dir / done).exists() for done in ("adapter", "model")):
         raise ResumeError(f"run_dir: {run_dir} holds a finished run\n  {REMEDY}")
     checkpoint, skipped = newest(run_dir)
-    changed = list(_changes(load_recipe(run_dir / "recipe.yaml"), recipe)) if checkpoint else []
+    changed = list(_changes(_recipe_of(run_dir), recipe)) if checkpoint else []
     for change in changed:
         if change.startswith(FIXED):
             raise ResumeError(f"run_dir: {run_dir} holds a run with another {change}\n  {REMEDY}")
-    if changed and not accept_changes:
-        raise _refusal(run_dir, changed)
+    if (refused := [change for change in changed if not change.startswith(FREE)]) and not accept_changes:
+        raise _refusal(run_dir, refused)
     return Resumed(checkpoint, skipped, changed, checkpoint is None and (run_dir / ROWS).is_file())
 
 
@@ -94,6 +99,15 @@ def write_rows(run_dir: Path, prepared: Prepared, packs: Schedule) -> None:
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **_rows(prepared, packs))
     write_whole(run_dir / ROWS, content.getvalue())
+
+
+def _recipe_of(run_dir: Path) -> Recipe:
+    """The recipe that a run was started with. Raises ResumeError."""
+    file = run_dir / "recipe.yaml"
+    try:
+        return load_recipe(file)
+    except RecipeError as error:
+        raise ResumeError(f"run_dir: {file} cannot be read: {one_line(error)}\n  {REMEDY}") from None
 
 
 def _refusal(run_dir: Path, changed: list[str]) -> ResumeError:
@@ -129,17 +143,16 @@ def _rows(prepared: Prepared, packs: Schedule) -> dict[str, np.ndarray]:
     parts = {"": train} if held_out is None else {"": train, "held_out_": held_out}
     found: dict[str, np.ndarray] = {}
     for prefix, samples in parts.items():
-        found[f"{prefix}names"] = np.array([rows.name for rows in samples.rows])
         found |= {f"{prefix}{key}": getattr(samples, key) for key in ("source", "row", "digest")}
     text = json.dumps([packs.packs, packs.accumulation]).encode()
-    return found | {"packs": np.array(sha256(text).hexdigest())}
+    return found | {"packs": np.array(sha256(text).hexdigest()), "dtype": np.array(str(working_dtype()))}
 
 
 def _changed_rows(file: Path, prepared: Prepared, packs: Schedule) -> list[str]:
     try:
         with np.load(file) as stored:
             before = dict(stored)
-    except (OSError, ValueError, BadZipFile):
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error):
         return [f"data: {file} is damaged or missing, so that it cannot be compared"]
     now = _rows(prepared, packs)
     changes = [
@@ -148,6 +161,8 @@ def _changed_rows(file: Path, prepared: Prepared, packs: Schedule) -> list[str]:
     ]
     if not changes and before["packs"] != now["packs"]:
         changes = ["packs: the same rows are packed in another way, as by another version of a library"]
+    if before["dtype"] != now["dtype"]:
+        changes.append(f"precision: {before['dtype']} before, {now['dtype']} now, as this machine has it")
     return changes
 
 
@@ -167,7 +182,11 @@ def _changed_samples(what: str, prefix: str, before: dict, now: dict, samples: S
 
 def _refuse_other_labels(run_dir: Path, labels: Labels) -> None:
     """A stopped run's scores mean what they meant: changed data must not give them other names."""
-    before, now = json.loads((run_dir / LABELS).read_text()), json.loads(json.dumps(asdict(labels)))
+    try:
+        before = json.loads((run_dir / LABELS).read_text())
+    except (OSError, ValueError):
+        raise ResumeError(f"run_dir: {run_dir / LABELS} is damaged or missing\n  {REMEDY}") from None
+    now = json.loads(json.dumps(asdict(labels)))
     if before != now:
         found = f"{run_dir} holds a run that scores {some(before['names'])}, and the data has {some(labels.names)}"
         raise ResumeError(f"head.labels: {found}\n  State head.labels, or add --from-scratch to move the run aside.")

@@ -35,8 +35,8 @@ from ..models.load import load_model
 from ..models.vision_cache import VisionCache
 from ..recipe import Recipe
 from .broken import Broken
-from .callbacks import Aside, MetricsFile, Seeds
-from .checkpoints import require_space, written
+from .callbacks import Aside, Intervals, MetricsFile, Seeds
+from .checkpoints import folder_of, require_space, written
 from .curve import draw_curve
 from .jsonlines import lines_of
 from .lock import Lock
@@ -94,7 +94,7 @@ class Run(Plan):
                 self.walk()
                 state = self.trainer.state
                 if signals.caught and state.global_step < state.max_steps:
-                    raise Stopped(signals.caught, self.trainer.save_now())
+                    raise Stopped(signals.caught, folder_of(self.recipe.run_dir, state.global_step))
                 folder = self.save()
         finally:
             self.lock.release()
@@ -107,8 +107,8 @@ class Run(Plan):
     def walk(self) -> None:
         """Take the steps that are left, and save nothing beyond checkpoints. Raises OutOfMemory, DivergedError."""
         checkpoint = self.resumed.checkpoint
-        if self._owes_evaluation():
-            self.trainer.args.eval_on_start = True
+        if checkpoint:
+            self.trainer.owes_evaluation = self.trainer.args.eval_on_start = self._owes_evaluation()
         try:
             self.trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except torch.OutOfMemoryError as error:
@@ -137,14 +137,12 @@ class Run(Plan):
         args, left = self.trainer.args, self.schedule.steps - self.resumed.step
         every = args.save_steps if args.save_steps >= 1 else args.save_steps * self.schedule.steps
         saves = 1 + (int(left / every) if args.save_strategy == "steps" else args.save_strategy != "no")
-        require_space(self.recipe.run_dir, self.trainer.checkpoint_size(), saves, args.save_total_limit)
+        require_space(self.recipe.run_dir, self.trainer.checkpoint_size(), saves, self.trainer.keep)
 
     def _owes_evaluation(self) -> bool:
         """Whether the run stopped after a step before it had been evaluated."""
         step, every = self.resumed.step, self.recipe.eval.every
-        due = (
-            step and self.prepared.held_out is not None and (step % every if every else step - self.schedule.steps) == 0
-        )
+        due = self.prepared.held_out is not None and (step == self.schedule.steps or (every and step % every == 0))
         lines = lines_of(self.recipe.run_dir / METRICS) if due else []
         return bool(due) and not any(line["step"] == step and "eval_loss" in line for line in lines)
 
@@ -154,7 +152,7 @@ class Run(Plan):
         return replace(self.schedule, packs=self.schedule.packs[(step - 1) * each : step * each])
 
     def _named(self, step: int) -> list[list[str]]:
-        return [self.samples(pack) for pack in self._packs(step).packs]
+        return [[self.called(index) for index in pack] for pack in self._packs(step).packs]
 
     def _used(self, step: int) -> set[str]:
         """The parts that the packs since the run went on, up to a step, have a use for."""
@@ -233,7 +231,8 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
             trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
             cache = VisionCache(checkpoint, recipe, encoder, trained)
         broken = Broken(recipe, prepared)
-        doing = Doing(training_arguments.dataloader_num_workers, lambda index: plan.samples([index])[0])
+        workers = training_arguments.dataloader_num_workers
+        doing = Doing(workers, plan.called), Doing(workers, lambda index: plan.called(index, held_out=True))
         shown = _datasets(plan, cache, broken, doing)
         # With its data sets made: they are hashed then, and the features with them, were they there already.
         kept = _fill(cache, model, training_arguments, plan, broken) if cache else None
@@ -245,7 +244,8 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
-    trainer.doing = doing
+    trainer.doing, trainer.doing_held_out = doing
+    trainer.keep = recipe.train.get("save_total_limit")
     _watch(run, cache)
     return run
 
@@ -257,7 +257,7 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     trainer.numbers = Numbers(run_dir, schedule.steps, parts, run._used, run._named)
     tokens = np.array([run.prepared.train.lengths[pack, 0].sum() for pack in schedule.packs])
     metrics = MetricsFile(run_dir / METRICS, schedule, tokens)
-    for callback in (Seeds(), trainer.numbers, metrics):
+    for callback in (Seeds(), Intervals(), trainer.numbers, metrics):
         trainer.add_callback(callback)
     if cache:
         trainer.add_callback(Aside(cache.unread(trainer.model)))
@@ -291,13 +291,18 @@ def _balanced(prepared: Prepared) -> list[float]:
     return [float((1 - share) / share) if 0 < share < 1 else 1.0 for share in shares]
 
 
-def _datasets(plan: Plan, cache: VisionCache | None, broken: Broken, doing: Doing) -> tuple[Dataset, Dataset | None]:
-    """The packs to train on, and those that are held out."""
+def _datasets(
+    plan: Plan, cache: VisionCache | None, broken: Broken, doing: tuple[Doing, Doing]
+) -> tuple[Dataset, Dataset | None]:
+    """The packs to train on, and those that are held out; `doing` is told what either's workers are at."""
     train, held_out = plan.prepared.train, plan.prepared.held_out
     encoder = cache.encoder if cache else plan.encoder
     packing = plan.recipe.packing
-    evaluated = held_out and pack_dataset(pack_epoch(held_out, packing), held_out, encoder, broken, held_out.targets)
-    return pack_dataset(plan.schedule.packs, train, encoder, broken, train.targets, doing), evaluated
+    shown = pack_dataset(plan.schedule.packs, train, encoder, broken, train.targets, doing[0])
+    if held_out is None:
+        return shown, None
+    packs = pack_epoch(held_out, packing)
+    return shown, pack_dataset(packs, held_out, encoder, broken, held_out.targets, doing[1])
 
 
 def _fill(

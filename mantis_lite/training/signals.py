@@ -29,6 +29,7 @@ class Signals(TrainerCallback):
     def __init__(self, save: Callable[[], Path]) -> None:
         self.save = save
         self.caught: int | None = None
+        self.interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -47,6 +48,7 @@ class Signals(TrainerCallback):
         if self.caught and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+            args.load_best_model_at_end = False  # that is for the end of a run
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Ranks walk through an evaluation in step, but need not be asked to agree on each of its many.
@@ -54,9 +56,10 @@ class Signals(TrainerCallback):
             raise Stopped(self.caught, self.save())
 
     def _note(self, number: int, frame: object) -> None:
-        if self.caught == number == signal.SIGINT:
+        if self.interrupted and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        self.interrupted |= number == signal.SIGINT
         self.caught = self.caught or number
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
         said = f"\n{signal.Signals(number).name}: finishing the step and saving{again}\n"

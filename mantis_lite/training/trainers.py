@@ -13,13 +13,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..data.dataset import Schedule
 from ..data.encode import IGNORE
 from ..data.labels import Labels
-from ..errors import RecipeError, one_line
+from ..errors import RecipeError, ResumeError
 from ..metrics import score_metrics
 from ..models.activations import tile_loss
 from ..models.load import loader_workers, working_dtype
@@ -27,19 +29,24 @@ from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers
 from .signals import leave_signals
-from .workers import Doing, Feed, WorkerError, dead_workers
+from .workers import Deaths, Doing, Feed, WorkerError
 
 
 class Lasting(Trainer):
     """What a run adds to a trainer so that it survives: whole checkpoints, sound steps, workers that may die.
 
-    `numbers` and `doing` are set before it trains.
+    `numbers`, `doing` and `doing_held_out` are set before it trains.
     """
 
     numbers: Numbers
     doing: Doing
+    doing_held_out: Doing
+    keep: int | None = None
+    """How many checkpoints are kept; the trainer's own way of removing them is left unused."""
     accepted = False
     """Whether the recipe was changed since the checkpoint that the run goes on from."""
+    owes_evaluation = False
+    """Whether the run stopped before an evaluation that was due."""
     _aside: Path | None = None
     _feed: Feed | None = None
 
@@ -75,17 +82,47 @@ class Lasting(Trainer):
             raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        try:
-            return super().evaluate(*args, **kwargs)
-        except RuntimeError as error:
-            if not dead_workers(error):
-                raise
-            if self.state.global_step:
-                self.save_now()
-            found = f"data: a DataLoader worker died as step {self.state.global_step} was evaluated: {one_line(error)}"
-            raise WorkerError(
-                f"{found}\n  Run again; where memory is short, lower train.dataloader_num_workers."
-            ) from error
+        """As the trainer's own, from its beginning when a worker dies, up to three times."""
+        deaths = Deaths(self.doing_held_out)
+        while True:
+            try:
+                return super().evaluate(*args, **kwargs)
+            except RuntimeError as error:
+                try:
+                    deaths.count(error)
+                except WorkerError:
+                    if self.state.global_step:
+                        self.save_now()
+                    raise
+                self._forget_evaluation()
+
+    def _forget_evaluation(self) -> None:
+        """Drop what was gathered of an evaluation that is begun anew."""
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """As the trainer's own; one that is owed counts as it would have in its time."""
+        owed, self.owes_evaluation = self.owes_evaluation, False
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
+        if owed:
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the trainer's own; what may be gone back to is saved."""
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.args.load_best_model_at_end
+        return best
+
+    def _load_best_model(self) -> None:
+        if self.state.best_global_step:  # the folder may have been moved since
+            best = folder_of(Path(self.args.output_dir), self.state.best_global_step)
+            self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Nothing of a checkpoint may be left over, and nothing missing, but for what is another's double."""
+        missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        assert not load_result.unexpected_keys and not missing, f"a checkpoint of another model: {load_result}"
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
@@ -101,20 +138,24 @@ class Lasting(Trainer):
         ]
         self.numbers.require_finite([*self.numbers.parameters, *states], step)
         best = folder_of(run_dir, self.state.best_global_step) if self.state.best_global_step else None
-        self.state.best_model_checkpoint = best and str(best)
         with written(folder, self.checkpoint_size()) as beside:
             self._aside = beside.parent
             try:
                 Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a card beside
             finally:
                 self._aside = None
-        rotate(run_dir, self.args.save_total_limit, best)
+            self.state.best_model_checkpoint = str(best) if best else None
+            self.state.save_to_json(str(beside / TRAINER_STATE_NAME))  # with the folder's name as it will be
+        rotate(run_dir, self.keep, best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The weights alone: no pickle of the arguments, and no tokenizer that the base has as well."""
-        # No embedding changes its size here, and PEFT would ask the hub whether one did.
-        asks_nobody = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(output_dir, state_dict=state_dict, **asks_nobody)
+        if isinstance(self.model, PeftModel):
+            # No embedding changes its size here, and PEFT would ask the hub whether one did.
+            more = {"save_embedding_layers": False}
+        else:  # a checkpoint is read back by the model's own names, and what is published by the published ones
+            more = {"save_original_format": self._aside is None}
+        self.model.save_pretrained(output_dir, state_dict=state_dict, **more)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: each step draws from its own seed."""
@@ -123,16 +164,25 @@ class Lasting(Trainer):
         """Nothing: each step draws from its own seed."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the trainer's own; rates and decay are the recipe's, where it was changed since."""
-        scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
-        own = [{key: group.get(key) for key in ("initial_lr", "weight_decay")} for group in groups]
+        """As the trainer's own; rates and the like are the recipe's, where it was changed since."""
+        scheduler = self.lr_scheduler
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.accepted and isinstance(scheduler, LambdaLR):
-            scheduler.base_lrs = [group["initial_lr"] for group in own]
-            shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
-            scheduler._last_lr = [rate * share for rate, share in zip(scheduler.base_lrs, shares, strict=True)]
-            for group, kept, rate in zip(self.optimizer.param_groups, own, scheduler._last_lr, strict=True):
-                group |= kept | {"lr": rate}
+        if not self.accepted:
+            return
+        if not isinstance(scheduler, LambdaLR):
+            kind = SchedulerType(self.args.lr_scheduler_type).value
+            found = f"{kind} sets its rates by how the run went, so that it cannot go on with another recipe"
+            raise ResumeError(f"train.lr_scheduler_type: {found}\n  Add --from-scratch.")
+        scheduler.base_lrs = [group["initial_lr"] for group in own]
+        shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * share for rate, share in zip(scheduler.base_lrs, shares, strict=True)]
+        for group, kept, rate in zip(self.optimizer.param_groups, own, scheduler._last_lr, strict=True):
+            group |= kept | {"lr": rate}
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if getattr(self.accelerator, "scaler", None) is not None:  # or the run goes on in another format of 16 bits
+            super()._load_scaler(checkpoint)
 
 
 class ChatTrainer(Lasting, SFTTrainer):
@@ -144,6 +194,9 @@ class ChatTrainer(Lasting, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+    def _forget_evaluation(self) -> None:
+        self._metrics["eval"].clear()
 
 
 class ScoreTrainer(Lasting):
@@ -169,7 +222,7 @@ class ScoreTrainer(Lasting):
 
 
 def _with_patient_workers(loader: DataLoader) -> DataLoader:
-    """Their own random numbers are drawn by nothing here, so that beginning a worker is free for this."""
+    """A loader whose workers leave signals to the trainer; its own seeding of them has no use, as none draws."""
     for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wraps one that iterates
         each.worker_init_fn = leave_signals
     return loader
@@ -201,6 +254,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
         "output_dir": str(recipe.run_dir),
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
+        "save_total_limit": None,  # Lasting removes checkpoints
         "gradient_accumulation_steps": packs.accumulation,
         "max_steps": packs.steps,
         "num_train_epochs": 1,

@@ -8,7 +8,6 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from accelerate import skip_first_batches
@@ -24,15 +23,6 @@ log = logging.getLogger("mantis_lite")
 
 class WorkerError(DataError):
     """Workers that die again and again."""
-
-
-def dead_workers(error: RuntimeError) -> set[int]:
-    """The processes of the workers whose death an error of torch's tells of.
-
-    It has no type of its own; what a worker raises itself comes as "Caught ... in DataLoader worker".
-    """
-    found = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    return {int(process) for process in found[1].split(",")} if found else set()
 
 
 class Doing:
@@ -53,6 +43,31 @@ class Doing:
         return ", ".join(found) or "a sample that is not known"
 
 
+class Deaths:
+    """The deaths of a loader's workers, of which so many are forgiven."""
+
+    def __init__(self, doing: Doing) -> None:
+        self.doing = doing
+        self.at: list[str] = []
+
+    def count(self, error: RuntimeError) -> None:
+        """Note the death that an error of torch's tells of. Raises WorkerError at the fourth, and any other error.
+
+        Deaths have no type of their own; what a worker raises itself comes as "Caught ... in DataLoader worker".
+        """
+        found = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)|^Pin memory thread exited", str(error))
+        if not found:
+            raise error
+        processes = {int(process) for process in (found[1] or "").split(",") if process}
+        self.at.append(self.doing.last(processes))
+        if len(self.at) > MOST_DEATHS:
+            raise WorkerError(
+                f"data: {len(self.at)} DataLoader workers died, at {'; '.join(self.at)}\n"
+                "  Look at these rows; where memory or /dev/shm is short, lower train.dataloader_num_workers."
+            ) from error
+        log.warning("a DataLoader worker died at %s; it is begun anew", self.at[-1])
+
+
 class Feed:
     """The batches of a loader, the first of which an iterator gives, in the same order when workers die and begin anew.
 
@@ -60,9 +75,10 @@ class Feed:
     """
 
     def __init__(self, loader: DataLoader, first: Iterator[Batch], taken: int, doing: Doing) -> None:
-        self.loader, self.first, self.taken, self.doing = loader, first, taken, doing
+        self.loader, self.first, self.taken = loader, first, taken
         self.batches = first
-        self.deaths: list[str] = []
+        self.deaths = Deaths(doing)
+        self.hears = loader.num_workers > 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -72,26 +88,17 @@ class Feed:
             try:
                 batch = next(self.batches)
             except RuntimeError as error:
-                if not (dead := dead_workers(error)):
-                    raise
-                self._begin_anew(dead, error)
+                self.deaths.count(error)
+                self.batches = iter(skip_first_batches(self.loader, self.taken))
             else:
-                _hear_no_children()
+                if self.hears:
+                    _hear_no_children()
+                    self.hears = False
                 self.taken += 1
                 return batch
 
-    def _begin_anew(self, processes: set[int], error: RuntimeError) -> None:
-        self.deaths.append(self.doing.last(processes))
-        if len(self.deaths) > MOST_DEATHS:
-            raise WorkerError(
-                f"data: {len(self.deaths)} DataLoader workers died, at {'; '.join(self.deaths)}\n"
-                "  Look at these rows; where memory or /dev/shm is short, lower train.dataloader_num_workers."
-            ) from error
-        log.warning("a DataLoader worker died at %s; it is begun anew", self.deaths[-1])
-        self.batches = iter(skip_first_batches(self.loader, self.taken))
 
-
-def _hear_no_children() -> Any:
+def _hear_no_children() -> None:
     """Hear of a worker's death when its batch is asked for: torch raises it wherever the trainer happens to be."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
