@@ -39,10 +39,10 @@ def _row(fault: str, sides: dict[str, Any], words: Any) -> str:
 
 
 def _killed(found: dict[str, Any]) -> str:
-    ended = (
-        f"{found['runs_that_ended_otherwise']} runs ended otherwise, {found['lost_steps_at_most']} step lost at most"
-    )
-    return f"{found['cannot_resume']} cannot resume, {ended} ({found['kills_in_a_save']} kills fell in a save)"
+    blocked = f"{found['cannot_resume']} cannot resume, of {found['kills_in_a_save']} that fell in a save"
+    otherwise, lost = found["runs_that_ended_otherwise"], found["lost_steps_at_most"]
+    ended = found["runs"] - found["cannot_resume"]
+    return f"{blocked}; {otherwise} of the {ended} that ended differ; steps lost at most: {lost}"
 
 
 def _calls(found: dict[str, Any], end: str) -> str:
@@ -68,22 +68,27 @@ def _exits(found: dict[str, Any]) -> str:
 
 
 def _flipped(found: dict[str, int]) -> str:
-    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items(), key=lambda item: -item[1]))
+    return "; ".join(f"{count} {outcome}" for outcome, count in sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _signalled(found: dict[str, dict[str, int]]) -> str:
-    saved = sum(count for each in found.values() for outcome, count in each.items() if outcome.endswith("saved"))
+    ends = [
+        (int(outcome.split()[1].rstrip(",")), outcome.endswith("saved"), count)
+        for each in found.values()
+        for outcome, count in each.items()
+        if outcome.startswith("exit")
+    ]
+    saved = sum(count for _, kept, count in ends if kept)
     same = sum(each.get("goes on the same", 0) for each in found.values())
-    codes = sorted(
-        {int(outcome.split()[1].rstrip(",")) for each in found.values() for outcome in each if "exit" in outcome}
-    )
-    ends = ", ".join(str(code) if code > 0 else f"killed by {-code}" for code in codes)
-    return f"{saved} of 50 saved the step, {same} went on the same; exit {ends}"
+    exits = ", ".join(str(code) for code in sorted({code for code, _, _ in ends}) if code > 0)
+    killed = ", or killed by the signal" if any(code < 0 for code, _, _ in ends) else ""
+    trials = sum(count for _, _, count in ends)
+    return f"{saved} of {trials} saved the step, {same} went on the same; exit {exits}{killed}"
 
 
 def _poisoned(found: dict[str, Any]) -> str:
     logged = found["logged_from_step_3"]
-    losses = ", ".join(loss if isinstance(loss, str) else f"{loss:.1f}" for loss in logged) or "nothing"
+    losses = ", ".join(loss if isinstance(loss, str) else f"{loss:.1f}" for loss in logged) or "no loss"
     return f"logs {losses}; {found['files_saved_with_nan']} files saved with NaN; exit {found['status']}"
 
 

@@ -11,12 +11,22 @@ import pytest
 from typer.testing import CliRunner
 
 from mantis_lite.cli import app
+from mantis_lite.errors import (
+    DataError,
+    DiskError,
+    DivergedError,
+    MantisError,
+    OutOfMemory,
+    RecipeError,
+    ResumeError,
+    Stopped,
+)
 from mantis_lite.recipe import load_recipe, recipes_dir
 from mantis_lite.scoring import recipe_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gpu_table, results
+from benchmarks import gpu_table, reliability_table, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,3 +81,18 @@ def test_every_example_says_what_it_is(path):
 def test_the_table_of_the_readme_is_what_was_measured():
     figures = json.loads((results.FOLDER / "gpu.json").read_text())["figures"]
     assert "\n".join(gpu_table.lines(figures)) in README
+
+
+def test_the_table_of_faults_is_what_was_measured():
+    figures = json.loads((results.FOLDER / "reliability.json").read_text())["figures"]
+    assert "\n".join(reliability_table.lines(figures)) in README
+    ours = figures["killed"]["mantis_lite"]
+    assert ours["kills"] == 500 and ours["cannot_resume"] == ours["runs_that_ended_otherwise"] == 0
+
+
+def test_exit_codes_of_the_readme_are_those_of_the_errors():
+    kinds = [MantisError, RecipeError, DataError, OutOfMemory, DivergedError, DiskError, ResumeError]
+    said = dict(re.findall(r"^\| (\d) \| (.*) \|$", README, re.M))
+    words = ["unexpected", "usage or recipe", "data", "out of memory", "diverged", "disk", "resume or lock refused"]
+    assert [said[str(kind.exit_code)] for kind in kinds] == words and said["0"] == "done"
+    assert "| 128 + n | stopped by signal n, with a checkpoint |" in README and Stopped(15, None).exit_code == 143
