@@ -81,6 +81,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     assert curve and run  # imported before the first fork
     for line in sys.stdin:
         job = json.loads(line)

@@ -223,7 +223,7 @@ def test_targets_stay_with_their_rows_when_some_are_held_out(tmp_path):
             {},
             "labels: each of a is the same in all 2 rows\n  Add rows with other labels.",
         ),
-        ("regression", [{"a": 1}, {"a": NAN}], {}, "rows.json:2: the label 'a' is nan"),
+        ("regression", [{"a": 1}, {"a": NAN}], {}, "rows.json:2: the row is not JSON: NaN is no JSON value"),
         ("regression", [{"a": 1}, None], {}, "rows.json:2: the row has no labels"),
     ],
 )

@@ -17,8 +17,8 @@ def handlers() -> list:
 
 
 def test_handlers_are_as_they_were_behind_it_and_ignored_signals_stay_so():
+    first = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     before = handlers()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
         with Signals(lambda: None) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -27,9 +27,9 @@ def test_handlers_are_as_they_were_behind_it_and_ignored_signals_stay_so():
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.caught == signal.SIGUSR1, "the first says why"
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert handlers() == before
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    assert handlers() == before
+        signal.signal(signal.SIGHUP, first)
 
 
 def test_a_thread_trains_without_handlers():
