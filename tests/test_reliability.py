@@ -10,6 +10,7 @@ from benchmarks.forks import Forks
 from benchmarks.sides import Side
 
 
+@pytest.mark.slow
 def test_an_answer_that_nobody_waited_for_is_not_taken_for_another():
     with Forks() as forks:
         given_up = {"number": next(forks.numbers), "settings": {}, "stock": True}

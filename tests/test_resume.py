@@ -90,7 +90,7 @@ def of_task(task: str, folder, tmp_path: Path) -> dict:
 
 
 EVERY = [
-    pytest.param(task, workers, marks=[] if (task, workers) in (("full", 0), ("video", 2)) else pytest.mark.slow)
+    pytest.param(task, workers, marks=[] if (task, workers) == ("full", 0) else pytest.mark.slow)
     for task in ("chat", "full", "video", "classify")
     for workers in (0, 2)
 ]
@@ -150,7 +150,10 @@ def test_sixty_kills_at_random_moments_lose_nothing(forks, settings, straight, t
     assert kills == 60 and runs > 5
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"])
+OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in ("SIGUSR1", "SIGUSR2", "SIGHUP")]
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", *OTHERS])
 def test_a_signal_has_the_step_finished_and_saved(forks, settings, straight, tmp_path, number):
     code = getattr(signal, number)
     more = {"train": settings["train"] | {"save_steps": 100}}
@@ -319,6 +322,7 @@ def test_other_packs_of_the_same_rows_are_refused(forks, begun):
     assert refused["status"] == 7 and "rows.npz is damaged or missing, so that it cannot be compared" in refused["said"]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_share_a_folder(forks, settings, tmp_path):
     with Forks() as others:
         go = tmp_path / "go"
