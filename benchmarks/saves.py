@@ -38,6 +38,8 @@ CALLS = (
 
 ENDS = {"killed": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 LEVELS = 20
+KEPT = 2
+"""Checkpoints: the save of the third removes the first."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def ours(folder: Path) -> Saver:
     begun = run.start(make_recipe(sides.recipe(rows, folder / "run", {"save_total_limit": None})))
     begun.walk()
     trainer = begun.trainer
+    trainer.keep = KEPT
     return Saver(trainer, trainer.save_now, lambda run_dir: checkpoints.newest(run_dir)[0], lambda checkpoint: None)
 
 
@@ -69,6 +72,7 @@ def usual(folder: Path) -> Saver:
     rows = sides.write_rows(folder / "rows.jsonl", 3 * sides.ROWS_A_STEP)
     trainer = stock.make(sides.usual(rows, folder / "run", {"save_total_limit": None}))
     trainer.train()
+    trainer.args.save_total_limit = KEPT
 
     def resumes(checkpoint: Path) -> str | None:
         further = folder / "further"
@@ -123,7 +127,6 @@ def measure(stock_side: bool, folder: Path) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     saver = (usual if stock_side else ours)(folder)
     shutil.rmtree(checkpoints.folder_of(saver.run_dir, 3))
-    saver.trainer.args.save_total_limit = 2  # the save of the third removes the first
     aside = Path(shutil.copytree(saver.run_dir, folder / "aside"))
     judge = Judge(saver)
     _reset(saver.run_dir, aside)
