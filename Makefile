@@ -49,7 +49,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loss
 
-# What becomes of runs that are killed, and so on, some hours of it; traces system calls and fills a disk where it may.
+# The same faults to runs here and to those of transformers, in 40 minutes; traces system calls and fills a disk where it may.
 bench-reliability: .venv/installed
 	$(BIN)/python -m benchmarks.reliability
 
