@@ -16,7 +16,7 @@ from helpers import chat, logs_of, picture, write_rows
 from safetensors.torch import load_file
 
 from benchmarks.forks import Forks
-from mantis_lite.data.digest import digest
+from mantis_lite.data.content import content_of
 from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import DiskError
@@ -396,7 +396,8 @@ def test_a_name_that_is_no_text_has_a_digest(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / name).write_bytes(picture(1))
     sample = parse({"images": [name], "messages": chat("a", "b")["messages"]}, "row", MediaFolder(tmp_path))
-    assert digest(sample) != digest(parse(chat("a", "b", images=(1,)), "row", None))
+    other = parse(chat("a", "b", images=(1,)), "row", None)
+    assert content_of(sample).digest != content_of(other).digest
 
 
 def test_lengths_that_cannot_be_kept_are_told_of(begun, tmp_path, caplog, monkeypatch):

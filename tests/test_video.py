@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 
 from mantis_lite.cli import app
 from mantis_lite.data.collate import collate
+from mantis_lite.data.content import content_of
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.frames import Frames, upstream_indices
-from mantis_lite.data.lengths import content_key
 from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.sample import Frame, Image, Sample, Turn, Video
@@ -382,11 +383,20 @@ def test_lengths_of_clips_are_remembered_and_notices_with_them(clip, tmp_path, m
 def test_a_key_changes_with_a_clip_s_file_its_part_and_a_folder_s_frames(clip, tmp_path):
     folder = folder_of(tmp_path / "frames", 3)
     videos = [Video(clip), Video(clip, start=1.0), Video(clip, end=1.0), Video(folder), Video((Image(clip),))]
-    keys = {content_key(sample_of(video)) for video in videos}
+    keys = {content_of(sample_of(video)).key for video in videos}
     assert len(keys) == 5 and None not in keys
     (folder / "frame_3.png").write_bytes((folder / "frame_0.png").read_bytes())
-    assert content_key(sample_of(Video(folder))) not in keys
-    assert content_key(sample_of(Video(tmp_path / "no.mp4"))) is None
+    assert content_of(sample_of(Video(folder))).key not in keys
+    assert content_of(sample_of(Video(tmp_path / "no.mp4"))) is None
+
+
+def test_a_digest_is_a_copy_s_as_well_and_changes_with_a_folder_s_frames(tmp_path):
+    folder = folder_of(tmp_path / "frames", 3)
+    found = content_of(sample_of(Video(folder)))
+    copied = content_of(sample_of(Video(Path(shutil.copytree(folder, tmp_path / "copy")))))
+    assert copied.digest == found.digest and copied.key != found.key
+    sorted(folder.iterdir())[1].unlink()
+    assert content_of(sample_of(Video(folder))).digest != found.digest
 
 
 def test_a_bad_clip_is_a_bad_row_like_any_other(clip, tmp_path):

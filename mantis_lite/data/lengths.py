@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..files import write_whole
-from .sample import Image, Sample, Video
 
 log = logging.getLogger("mantis_lite")
 
@@ -39,50 +36,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MANTIS_LITE_CACHE") or Path(home) / "mantis_lite")
 
 
-def content_key(sample: Sample) -> bytes | None:
-    """A hash of what a sample says and shows: its text, its pictures' bytes or their files' name, size and time.
-
-    None where a file cannot be found, so that the row is measured, and the error named, each time.
-    """
-    parts: list[bytes] = []
-    try:
-        for turn in sample.turns:
-            parts.append(turn.role.encode())
-            for part in turn.content:
-                if isinstance(part, str):
-                    parts.append(part.encode(errors="surrogatepass"))
-                elif isinstance(part, Video):
-                    parts += _of_video(part)
-                else:
-                    parts += _of_image(part)
-    except (OSError, ValueError):  # the latter for a path that cannot be one
-        return None
-    sizes = b",".join(b"%d" % len(part) for part in parts)  # so that no two ways of cutting the text agree
-    return blake2b(b"".join((sizes, b"\0", *parts)), digest_size=16).digest()
-
-
-def _of_image(image: Image) -> list[bytes]:
-    if isinstance(image.source, bytes):
-        return [b"bytes", image.source]
-    return [_of_file(image.source)]
-
-
-def _of_video(video: Video) -> Iterator[bytes]:
-    yield f"{'frames' if isinstance(video.source, tuple) else 'clip'}\0{video.start}\0{video.end}".encode()
-    if isinstance(video.source, tuple):
-        for image in video.source:
-            yield from _of_image(image)
-    else:
-        yield _of_file(video.source)
-        if video.source.is_dir():
-            yield from (_of_file(file) for file in sorted(video.source.iterdir()))
-
-
-def _of_file(path: Path) -> bytes:
-    stat = os.stat(path)
-    return f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()
-
-
 class LengthCache:
     """The remembered lengths of one encoder, in a file named by its fingerprint."""
 
@@ -91,13 +44,12 @@ class LengthCache:
         self.known = self._read()
         self.fresh = False
 
-    def get(self, key: bytes | None) -> Measured | None:
-        return self.known.get(key) if key is not None else None
+    def get(self, key: bytes) -> Measured | None:
+        return self.known.get(key)
 
-    def put(self, key: bytes | None, length: Measured) -> None:
-        if key is not None:
-            self.known[key] = length
-            self.fresh = True
+    def put(self, key: bytes, length: Measured) -> None:
+        self.known[key] = length
+        self.fresh = True
 
     def save(self) -> None:
         """Write the file anew; where it cannot be, rows are measured again the next time, with a warning."""

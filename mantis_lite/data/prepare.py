@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
-from .digest import digest
+from .content import Content, content_of
 from .encode import Encoder
 from .labels import Labels, RowLabels, first_named, label_notices, name_labels, read_labels
-from .lengths import LengthCache, Measured, content_key
+from .lengths import LengthCache, Measured
 from .sample import Sample
 from .source import Rows, expand, open_source
 
@@ -197,7 +197,7 @@ class _Chunk(NamedTuple):
     """Rows on their way: parsed, looked up, and those that are not remembered given to the tokenizer."""
 
     samples: list[tuple[int, Sample, RowLabels | None]]
-    keys: list[bytes | None]
+    contents: list[Content | None]
     lengths: list[Measured | None]
     unknown: list[int]
     measured: Callable[[], list[Measured | SampleError]]
@@ -291,11 +291,11 @@ class _Reader:
 
     def _begin(self, rows: Rows, chunk: range, pool: Executor) -> _Chunk:
         samples = [(i, *found) for i in chunk if (found := self._parse(rows, i)) is not None]
-        keys = [content_key(sample) for _, sample, _ in samples]
-        lengths = [self.cache.get(key) for key in keys]
+        contents = [content_of(sample) for _, sample, _ in samples]
+        lengths = [self.cache.get(content.key) if content else None for content in contents]
         unknown = [at for at, length in enumerate(lengths) if length is None]
         measured = self.encoder.begin_measure([samples[at][1] for at in unknown], pool)
-        return _Chunk(samples, keys, lengths, unknown, measured)
+        return _Chunk(samples, contents, lengths, unknown, measured)
 
     def _finish(self, source: int, chunk: _Chunk, kept: array[int], labels: list[RowLabels]) -> None:
         """Add a chunk's rows that can be trained on: source, row, tokens, patches, images, digest; and their labels."""
@@ -304,12 +304,14 @@ class _Reader:
                 self._reject(measured)
             else:
                 chunk.lengths[at] = measured
-                self.cache.put(chunk.keys[at], measured)
-        for (i, sample, of_row), length in zip(chunk.samples, chunk.lengths, strict=True):
+                if content := chunk.contents[at]:
+                    self.cache.put(content.key, measured)
+        for (i, sample, of_row), content, length in zip(chunk.samples, chunk.contents, chunk.lengths, strict=True):
             if length is not None and self._fits(sample, length):
                 self.prepared.notices.update(sample.notices)
                 self.prepared.notices.update(self.encoder.frames.notices(sample, length))
-                kept.extend((source, i, length.tokens, length.patches, length.images, digest(sample)))
+                digest = content.digest if content else 0  # a file that came while it was looked for
+                kept.extend((source, i, length.tokens, length.patches, length.images, digest))
                 if of_row is not None:
                     labels.append(of_row)
 
