@@ -74,6 +74,12 @@ class ResumeError(MantisError):
     exit_code = 7
 
 
+class CheckError(MantisError):
+    """A check that failed: what was made is not what it was made from."""
+
+    exit_code = 8
+
+
 class Stopped(Exception):
     """A run that a signal stopped; it goes on from `checkpoint` when it is started again."""
 

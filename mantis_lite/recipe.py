@@ -128,10 +128,13 @@ class LoraRecipe(Section):
 class PromptRecipe(Section):
     template: Literal[
         "auto",
+        "hub",
         "llama_3",
         "mllava_v1",
         "idefics_2",
         "idefics_3",
+        "idefics_2_hub",
+        "idefics_3_hub",
         "smolvlm",
         "mfuyu_v1",
         "qwen2_vl",

@@ -20,11 +20,11 @@ from .data.labels import Labels
 from .data.prepare import Prepared, Samples, read_rows, refuse_too_many, write_rejects
 from .errors import DataError, RecipeError, SampleError
 from .metrics import Metrics, draw_confusion, probabilities, score_metrics
-from .models.adapters import load_adapter
-from .models.checkpoint import open_checkpoint
-from .models.head import labels_of, with_head
-from .models.load import load_model, loader_workers, placed, read_config, working_dtype
-from .recipe import ModelRecipe, Recipe, load_recipe, make_recipe
+from .models.head import labels_of
+from .models.load import loader_workers, placed
+from .models.upstream import CONFIG
+from .recipe import Recipe
+from .trained import is_run, open_trained
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,18 @@ def predict(
     for, a .metrics.json and, for classes, a .confusion.png lie beside it. Raises RecipeError, DataError, SampleError
     and FitError.
     """
-    recipe = recipe_of(source, overrides)
-    file = output or (Path(source) if _is_run(source) else Path()) / "predictions.jsonl"
+    refuse_others(source, overrides)
+    trained = open_trained(source, overrides)
+    recipe = trained.recipe
+    if trained.head is None:
+        raise RecipeError(f"{source}: has no score head\n  Name a run of task=classify, or a model that has one.")
+    file = output or (Path(source) if is_run(source) else Path()) / "predictions.jsonl"
     if not file.parent.is_dir():
         raise RecipeError(f"--output: there is no folder {file.parent}\n  Make it, or name another.")
     if any(Path(of.path).resolve() == file.resolve() for of in recipe.data.sources):
         raise RecipeError(f"--output: {file} holds the rows to score\n  Name another file.")
-    scorer = open_scorer(source, recipe)
-    labels = scorer.labels
+    labels = labels_of(trained.head, recipe.head, str(source))
+    scorer = Scorer(recipe, trained.encoder, labels, trained.load())
     prepared = read_rows(recipe.data, recipe.packing, scorer.encoder, "classify", labels if metrics else None)
     samples, logits = _score(scorer, prepared)
     rejects = file.with_suffix(".rejects.jsonl")
@@ -90,12 +94,12 @@ def _measure(labels: Labels, logits: np.ndarray, rows: Samples, samples: list[in
     return found
 
 
-def recipe_of(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run, or what a model with a head needs of one. Raises RecipeError."""
-    run = _is_run(source)
+def refuse_others(source: str | Path, overrides: Sequence[str]) -> None:
+    """Raise RecipeError for overrides that scores do not go by, or without rows."""
     allowed = ["data", "packing", "media", "memory"]
-    if not run:
-        allowed += ["head.labels", "head.problem", "model.revision"]
+    if not is_run(source):
+        itself = (Path(source) / "config.json").is_file() and not (Path(source) / CONFIG).is_file()
+        allowed += ["head.labels", "head.problem", "model.revision" if itself else "model"]
     keys = [override.partition("=")[0] for override in overrides]
     for key in keys:
         if not any(key == name or key.startswith(f"{name}.") for name in allowed):
@@ -103,47 +107,6 @@ def recipe_of(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"{key}: has no effect on predictions\n  {remedy}")
     if not {"data", "data.sources"} & set(keys):
         raise RecipeError("data: no rows to score were given\n  Add data=new.json.")
-    if not run:
-        if (Path(source) / "adapter_config.json").is_file():
-            raise RecipeError(f"{source}: an adapter\n  Name the folder of its run.")
-        own = {"model": {"name": str(source)}, "task": "classify", "method": "lora", "run_dir": "runs/predict"}
-        # As VideoScore, whose config does not say that its scores are numbers, was trained.
-        return make_recipe(own | {"head": {"problem": "regression"}, "media": {"num_frames": 16}}, overrides)
-    recipe = load_recipe(Path(source) / "recipe.yaml", overrides)
-    if recipe.task != "classify":
-        raise RecipeError(f"{source}: a run of task={recipe.task}, which has no scores\n  Name one of task=classify.")
-    if not any((Path(source) / done).is_dir() for done in ("adapter", "model")):
-        raise RecipeError(f"{source}: the run is not finished\n  Train it to its end: mantis-lite train.")
-    return recipe
-
-
-def open_scorer(source: str | Path, recipe: Recipe) -> Scorer:
-    """Load a run's model, its adapter on it, or any model with a score head. Raises RecipeError."""
-    adapter, full = Path(source) / "adapter", Path(source) / "model"
-    if adapter.is_dir():
-        checkpoint = open_checkpoint(recipe.model)
-    elif full.is_dir():
-        checkpoint = open_checkpoint(ModelRecipe(name=str(full)))
-    else:
-        checkpoint = open_checkpoint(ModelRecipe(name=str(source), revision=recipe.model.revision))
-        if not checkpoint.has_head:
-            found = "a model without a score head"
-            raise RecipeError(f"{source}: {found}\n  Name a run of task=classify, or another model.")
-    stated = read_config(adapter) if adapter.is_dir() else checkpoint.config
-    labels, tokens = labels_of(stated, recipe.head, str(source)), getattr(stated, "score_token_ids", None)
-    head = {"labels": list(labels.names), "score": "special_tokens" if tokens else "last_token"}
-    recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update=head)})
-    config = with_head(checkpoint.config, labels, score_token_ids=tokens or ())
-    loaded = load_model(checkpoint, recipe, config, working_dtype())
-    if adapter.is_dir():
-        loaded = load_adapter(loaded, str(adapter))
-    if torch.cuda.is_available() and not recipe.quantized:
-        loaded = loaded.to("cuda")
-    return Scorer(recipe, checkpoint.encoder(recipe), labels, loaded.eval())
-
-
-def _is_run(source: str | Path) -> bool:
-    return (Path(source) / "recipe.yaml").is_file()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "she
 CALLS = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load", "YAML.load"),
     *("tarfile.extract", "extractall", "urlopen", "urlretrieve", "apply_chat_template", "import_module"),
+    *("render_jinja_template",),
     *("PeftConfig.from_pretrained", "PeftModel.from_pretrained", "AutoPeftModel.from_pretrained", "np.fromfile"),
 }
 KEYWORDS = {"trust_remote_code": None, "shell": True, "allow_pickle": True, "weights_only": False}
@@ -84,6 +85,9 @@ def test_the_pickle_that_is_read_is_read_as_weights_only():
         "urllib.request.urlopen(x)",
         "PeftModel.from_pretrained(m, x)",
         "tokenizer.apply_chat_template(x)",
+        "render_jinja_template(x)",
+        "import jinja2",
+        "from jinja2.sandbox import ImmutableSandboxedEnvironment",
         "importlib.import_module(x)",
     ],
 )
@@ -96,10 +100,45 @@ def test_the_search_lets_pass(code):
     assert not list(banned(ast.parse(code)))
 
 
+RENDERERS = {"apply_chat_template", "render_jinja_template", "jinja2"}
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    """What code calls by name, imports, or gives as a name in a string; not what longer texts tell others to call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield getattr(node, "module", None) or ""
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def renders(tree: ast.AST) -> bool:
+    return any(name in RENDERERS or name.split(".")[0] == "jinja2" for name in names(tree))
+
+
 def test_no_chat_template_is_rendered():
-    """Prompts are written by the package's own templates: a checkpoint's Jinja is copied with it, and never run."""
+    """Prompts are the package's own templates': it writes Jinja for others to run, and runs none."""
     for file in PACKAGE.rglob("*.py"):
-        assert "chat_template" not in file.read_text(), file
+        assert not renders(ast.parse(file.read_text())), file
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "render = tokenizer.apply_chat_template",
+        "getattr(tokenizer, 'apply_chat_template')(x)",
+        "from transformers.utils.chat_template_utils import render_jinja_template as f",
+        "import jinja2.sandbox as s",
+        "from jinja2.sandbox import Environment",
+    ],
+)
+def test_the_search_finds_what_renders(code):
+    assert renders(ast.parse(code)) and not renders(ast.parse("'write processor.apply_chat_template(x)'"))
 
 
 @pytest.mark.parametrize("path", sorted(recipes_dir().glob("*.yaml")), ids=lambda path: path.stem)

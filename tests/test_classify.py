@@ -439,9 +439,11 @@ def test_a_full_run_is_a_model_to_go_on_with(llava_folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("chat", "a run of task=chat, which has no scores\n  Name one of task=classify."),
-        ("unfinished", "the run is not finished\n  Train it to its end: mantis-lite train."),
-        ("model", "a model without a score head\n  Name a run of task=classify, or another model."),
+        (
+            "unfinished",
+            "the run is not finished\n  Train it to its end, `mantis-lite train`, or name one of its checkpoints.",
+        ),
+        ("model", "has no score head\n  Name a run of task=classify, or a model that has one."),
     ],
 )
 def test_what_has_no_scores(llava_folder, tmp_path, source, message, monkeypatch):
@@ -451,9 +453,7 @@ def test_what_has_no_scores(llava_folder, tmp_path, source, message, monkeypatch
     folder = llava_folder if source == "model" else tmp_path / source
     if source != "model":
         folder.mkdir()
-        made = settings_of(llava_folder, data, folder)
-        chat = {"task": "chat", "head": {}} if source == "chat" else {}
-        save_recipe(make_recipe(made | chat), folder / "recipe.yaml")
+        save_recipe(make_recipe(settings_of(llava_folder, data, folder)), folder / "recipe.yaml")
     with pytest.raises(RecipeError) as caught:
         predict(folder, [f"data={data}"], output=tmp_path / "p.jsonl")
     assert str(caught.value) == f"{folder}: {message}"
@@ -484,10 +484,14 @@ def test_what_predictions_do_not_depend_on_is_refused(scored_folder, words, mess
     assert str(caught.value).startswith(message)
 
 
-def test_an_adapter_s_folder_is_not_its_run(settings, tmp_path):
+def test_an_adapter_s_folder_scores_as_its_run(settings, tmp_path):
     folder = train(make_recipe(settings))
-    with pytest.raises(RecipeError, match=r"adapter: an adapter\n  Name the folder of its run."):
-        predict(folder, [f"data={settings['data']}"])
+    words = [f"data={settings['data']}"]
+    expected = predict(tmp_path / "run", words)
+    np.testing.assert_array_equal(predict(folder, words, output=tmp_path / "p.jsonl").logits, expected.logits)
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    found = predict(alone, [*words, f"model={settings['model']}"], output=tmp_path / "p.jsonl")
+    np.testing.assert_array_equal(found.logits, expected.logits)
 
 
 def test_rows_need_no_labels_to_be_scored(scored_folder, tmp_path):

@@ -22,7 +22,7 @@ from mantis_lite.errors import (
     Stopped,
 )
 from mantis_lite.recipe import load_recipe, recipes_dir
-from mantis_lite.scoring import recipe_of
+from mantis_lite.scoring import refuse_others
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -43,7 +43,7 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
     elif command == "fit":
         load_recipe(rest[0], ["data=x", *(word for word in rest[1:] if "=" in word)])
     elif command == "predict":  # of a run that a reader has made
-        recipe_of(rest[0], [word for word in rest[1:] if not word.startswith("--")])
+        refuse_others(rest[0], [word for word in rest[1:] if not word.startswith("--")])
     else:
         monkeypatch.chdir(tmp_path)
         assert CliRunner().invoke(app, [command, *rest]).exit_code == 0

@@ -121,14 +121,16 @@ IDEFICS_2 = Template(
 # Upstream's own text begins with this token and its tokenizer adds another; here there is one.
 IDEFICS_3 = replace(IDEFICS_2, name="idefics_3", start=Token("<|begin_of_text|>"))
 
-SMOLVLM = Template(
-    name="smolvlm",
-    start=Token("<|im_start|>"),
+# As the hub's own templates write, and so for training on from the published weights instead of Mantis'.
+IDEFICS_2_HUB = replace(
+    IDEFICS_2,
+    name="idefics_2_hub",
     headers={"system": ("System: ",), "user": ("User: ",), "assistant": ("Assistant: ",)},
-    ends=_all(Token("<end_of_utterance>")),
-    gap="\n",
     blank_before_picture=False,
 )
+IDEFICS_3_HUB = replace(IDEFICS_2_HUB, name="idefics_3_hub", start=IDEFICS_3.start)
+
+SMOLVLM = replace(IDEFICS_2_HUB, name="smolvlm", start=Token("<|im_start|>"))
 
 # The mark of an answer's beginning, <0x04>, is text: the tokenizer reads it so, and sees the two turns as one stretch.
 MFUYU_V1 = Template(
@@ -150,15 +152,18 @@ QWEN2_VL = Template(
 
 QWEN3_VL = replace(QWEN2_VL, name="qwen3_vl", system="")
 
-TEMPLATES = (LLAMA_3, MLLAVA_V1, IDEFICS_2, IDEFICS_3, SMOLVLM, MFUYU_V1, QWEN2_VL, QWEN3_VL)
+TEMPLATES = (
+    *(LLAMA_3, MLLAVA_V1, IDEFICS_2, IDEFICS_3, IDEFICS_2_HUB, IDEFICS_3_HUB),
+    *(SMOLVLM, MFUYU_V1, QWEN2_VL, QWEN3_VL),
+)
 
 
 def choose_template(name: str, family: Sequence[Template], vocabulary: Collection[str]) -> Template:
-    """The template a recipe names, or for "auto" the one of the family's whose special tokens the checkpoint has.
+    """The template a recipe names, or for "auto" and "hub" the one of `family` whose special tokens the checkpoint has.
 
     Raises RecipeError where the checkpoint lacks the template's tokens.
     """
-    if name != "auto":
+    if name not in ("auto", "hub"):
         template = next(t for t in TEMPLATES if t.name == name)
         if missing := sorted(template.tokens.difference(vocabulary)):
             raise RecipeError(
@@ -170,7 +175,7 @@ def choose_template(name: str, family: Sequence[Template], vocabulary: Collectio
     if len(fitting) != 1:
         found = " and ".join(t.name for t in fitting) or "none"
         raise RecipeError(
-            f"prompt.template: auto needs one template whose tokens the checkpoint has, found {found}\n"
+            f"prompt.template: {name} needs one template whose tokens the checkpoint has, found {found}\n"
             f"  Set prompt.template to one of {', '.join(t.name for t in TEMPLATES)}."
         )
     return fitting[0]

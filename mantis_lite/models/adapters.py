@@ -16,13 +16,17 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError, one_line
 from ..recipe import LoraRecipe, ModelRecipe, Part, Recipe, Training
-from .adapter_config import read_settings
-from .checkpoint import find_folder
+from .adapter_config import open_tensors, read_settings
+from .checkpoint import find_folder, public_name
 from .family import Family
 from .upstream import CONFIG, PICKLED, WEIGHTS, WHOLE, check_files, convert, is_upstream
 
 HEAD = "score"
 """The module of a score head, which always learns, whole and in float32."""
+
+
+BESIDE = ("config.json", "tokenizer.json", "mantis_lite.json", "chat_template.jinja")
+"""What may lie beside an adapter: the config and tokens of its score head, and its contract."""
 
 
 class PartSize(NamedTuple):
@@ -59,28 +63,46 @@ def make_trainable(
 
 
 def load_adapter(
-    model: PreTrainedModel, name: str, import_upstream: bool = False, base: ModelRecipe | None = None
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    import_upstream: bool = False,
+    base: ModelRecipe | None = None,
+    called: str = "default",
+    first_values: bool = True,
 ) -> PeftModel:
     """An adapter of a folder or the hub on its base, every tensor in its place; the original code's names too.
 
-    `base` is what the model is to the recipe, if it may be another than the adapter's. Raises RecipeError where a
-    tensor is left over or missing: PEFT would go on with an adapter that is not there.
+    `base` is what the model is to the recipe, if it may be another than the adapter's; `called` tells it from others
+    that are laid on the model. Without `first_values` those of PiSSA and OLoRA are not taken off the model's weights.
+    Raises RecipeError where a tensor is left over or missing: PEFT would go on with an adapter that is not there.
     """
     source = find_adapter(name, import_upstream, base)
-    kind, remedy = model.config.model_type, "Set model to the base it was trained from."
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind, remedy = plain.config.model_type, "Set model to the base it was trained from."
     with TemporaryDirectory() as folder:
-        if is_upstream(source, model):
-            convert(source, Path(folder), model, import_upstream)
+        if is_upstream(source, plain):
+            convert(source, Path(folder), plain, import_upstream)
             source = Path(folder)
         try:
             config = LoraConfig(**read_settings(source / CONFIG) | {"inference_mode": False})
-            if hasattr(model, HEAD) and HEAD not in (config.modules_to_save or ()):
+            if not first_values:
+                config.init_lora_weights = True
+            if rows := resized(source, config.to_dict()):
+                _resize(plain, rows)
+            if hasattr(plain, HEAD) and HEAD not in (config.modules_to_save or ()):
                 raise RecipeError(
                     f"model.adapter: {name} has no score head, so it is not one of task=classify\n"
                     "  Name one that is, or merge it into its base and start from that."
                 )
-            adapted = get_peft_model(model, config)
-            found = adapted.load_adapter(source, "default", is_trainable=True)
+            if isinstance(model, PeftModel):
+                adapted = model
+                adapted.add_adapter(called, config)
+            else:
+                adapted = get_peft_model(model, config, called)
+            for weight in adapted.parameters():
+                if weight.requires_grad:  # a stand-in's, which takes no room, cannot be written to
+                    weight.data = weight.data.contiguous()
+            found = adapted.load_adapter(source, called, is_trainable=True)
         except (torch.OutOfMemoryError, RecipeError):
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # PEFT's own are of all kinds
@@ -103,16 +125,32 @@ def find_adapter(name: str, import_upstream: bool = False, base: ModelRecipe | N
     Raises RecipeError, also where it was trained on another model than `base`; needs no model, so that a run can be
     refused before anything is touched.
     """
-    folder = find_folder("model.adapter", name, None, [CONFIG, WEIGHTS, PICKLED, WHOLE])
+    folder = find_folder("model.adapter", name, None, [CONFIG, WEIGHTS, PICKLED, WHOLE, *BESIDE])
     check_files(folder, import_upstream)
     if base is not None and not base.any_base:
         _refuse_another_base(name, read_settings(folder / CONFIG), base)
     return folder
 
 
+def resized(folder: Path, settings: Mapping[str, Any]) -> int:
+    """The rows that an adapter brings of the embeddings, where it brings them whole; 0 where it does not."""
+    modules = {module.rpartition(".")[2] for module in settings.get("modules_to_save") or ()}
+    if not {"embed_tokens", "lm_head"} & modules:
+        return 0
+    with open_tensors(folder / WEIGHTS) as opened:
+        whole = [key for key in opened.keys() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
+        return max((opened.get_slice(key).get_shape()[0] for key in whole), default=0)
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    """Give the model as many words as the adapter was trained with; those of its own keep their numbers."""
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
 def _refuse_another_base(name: str, settings: Mapping[str, Any], base: ModelRecipe) -> None:
     """An adapter says on what it was trained: a name on the hub, or a folder, of which the last name alone counts."""
-    own = Path(base.name).resolve().name if Path(base.name).is_dir() else base.name
+    own = public_name(base.name)
     trained_on, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) for model in (own, trained_on))
     either = "or, if that is the same model, model.any_base=true."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,17 @@ class Checkpoint:
     @property
     def public_name(self) -> str:
         """What to call it elsewhere: its name on the hub, and of a folder here its last name: no path is public."""
-        if self.folder == tiny.CHECKPOINT:
-            return "tiny"
-        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        return "tiny" if self.folder == tiny.CHECKPOINT else public_name(self.name)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's that its files are of; the revision asked for, where it is a folder here."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else self.revision
 
     @property
     def has_head(self) -> bool:
         """Whether it is of a class with a score head, as VideoScore's is."""
-        return any(name.endswith("ForSequenceClassification") for name in self.published.get("architectures") or ())
+        return has_head(self.published)
 
     def copy_small_files(self, folder: Path) -> None:
         """Copy everything but the weights and their index, to the letter; a mended config.json as mended."""
@@ -97,7 +101,8 @@ class Checkpoint:
                 f"media.max_image_size: a large picture needs {missing[0]}, and the tokenizer has no such token\n"
                 "  Set it lower, or take another checkpoint."
             )
-        template = choose_template(recipe.prompt.template, family.templates, vocabulary)
+        templates = family.hub if recipe.prompt.template == "hub" else family.templates
+        template = choose_template(recipe.prompt.template, templates, vocabulary)
         _refuse_another_start(self.tokenizer, template.end)
         score = self._score(recipe)
         return Encoder(
@@ -142,13 +147,23 @@ class Checkpoint:
             )
 
 
+def has_head(config: Mapping[str, Any]) -> bool:
+    """Whether a published config is of a class with a score head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def public_name(name: str) -> str:
+    """What to call a file or folder elsewhere: by its last name; a name on the hub is public as it is."""
+    return Path(name).resolve().name if Path(name).exists() or Path(name).is_absolute() else name
+
+
 def open_checkpoint(model: ModelRecipe) -> Checkpoint:
     """Read a checkpoint's small files; "tiny" is the model that comes with the package. Raises RecipeError."""
     folder = tiny.CHECKPOINT if model.name == "tiny" else find_folder("model", model.name, model.revision, SMALL_FILES)
     refuse_hostile(folder)
     published, family = _published(folder, model.name)
     notice = family.mend(published)
-    config, tokenizer = AutoConfig.for_model(**published), _tokenizer(folder)
+    config, tokenizer = AutoConfig.for_model(**published), read_tokenizer(folder)
     image_processor = _image_processor(folder)
     # The model looks for the placeholder the encoder writes; a Fuyu with a vocabulary of its own does not name it.
     placeholder = family.vision(config, image_processor, MediaRecipe(), ()).placeholder
@@ -238,7 +253,7 @@ def find_folder(key: str, name: str, revision: str | None, patterns: list[str]) 
         ) from None
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
     """The published tokenizer.json as it is: transformers would rebuild it by the class its config happens to name."""
     file = folder / "tokenizer.json"
     try:

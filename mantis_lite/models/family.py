@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,14 +41,23 @@ class Projection:
     run: Callable[[Any, Tensor], Tensor]
 
 
+class Processing(NamedTuple):
+    """Settings of transformers' own processor by which it makes the same of pictures, and of its image processor."""
+
+    processor: dict[str, Any]
+    images: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Family:
     """Everything that is particular to a kind of model; CONTRIBUTING.md says how to add one.
 
-    `templates` are those that prompt.template=auto chooses from. `parts` gives the modules of each part, in the names
+    `templates` are those that prompt.template=auto chooses from, and `hub` those of the models' own pages, for "hub".
+    `parts` gives the modules of each part, in the names
     of the loaded model; a part that is missing does not exist. `targets` are the linear layers that an adapter is laid
     on by default, and `tower_layers` a regular expression, within the vision tower, of the layers whose output is read.
-    `vision` says how pictures enter. `splits` is whether media.image_splitting means anything to it, `caps` the names
+    `vision` says how pictures enter, and `processor` how a plain client's processor is told to let them in the same.
+    `splits` is whether media.image_splitting means anything to it, `caps` the names
     that media.max_image_size may take, and `scales` whether `vision` keeps to that size itself, so that pictures come
     to it as they are. `mend` corrects a published config.json, in place, that today's transformers would misread, and
     says what it did. `adapt` makes a loaded model read what `Vision.batch` gives. `projection` is how a projector
@@ -59,7 +68,9 @@ class Family:
     templates: tuple[Template, ...]
     parts: Mapping[Part, tuple[str, ...]]
     targets: Mapping[Part, tuple[str, ...]]
+    processor: Callable[[PreTrainedConfig, MediaRecipe], Processing]
     vision: Callable[[PreTrainedConfig, BaseImageProcessor, MediaRecipe, Collection[str]], Vision]
+    hub: tuple[Template, ...] = ()
     tower_layers: Callable[[PreTrainedConfig], str] = lambda config: ""
     splits: bool = False
     caps: Collection[str] = ()

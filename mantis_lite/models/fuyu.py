@@ -20,7 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import MFUYU_V1, Token, Wrap
 from ..data.vision import Pixels, Runs, Size, Vision, lay_end_to_end
 from ..recipe import MediaRecipe
-from .family import Family
+from .family import Family, Processing
 
 PLACEHOLDER, NEW_LINE = Token("|SPEAKER|"), Token("|NEWLINE|")
 BEGIN, END = Token("|IMAGE|"), Token("|ENDOFIMAGE|")
@@ -101,6 +101,14 @@ def _patches(image: np.ndarray, side: int) -> np.ndarray:
     return levels[whole].reshape(rows, side, columns, side, colours).swapaxes(1, 2).reshape(rows * columns, -1)
 
 
+def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
+    """The processor of transformers takes one picture a text, and no chat template: it is no client of several."""
+    cap = CAPS.get(str(media.max_image_size))
+    return Processing(
+        {"processor_class": "FuyuProcessor"}, {"size": {"height": cap[1], "width": cap[0]}} if cap else {}
+    )
+
+
 def _state_theta(config: dict[str, Any]) -> str | None:
     """The rotary base as trained: left out of a published text_config as a default, which has since become 10,000."""
     text = config.get("text_config")
@@ -121,6 +129,7 @@ FUYU = Family(
         "language_model": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         "projector": ("vision_embed_tokens",),
     },
+    processor=_processor,
     vision=vision,
     caps=CAPS,
     mend=_state_theta,

@@ -18,10 +18,10 @@ from transformers import Idefics2Model, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..data.template import IDEFICS_2, Token, Wrap
+from ..data.template import IDEFICS_2, IDEFICS_2_HUB, Token, Wrap
 from ..data.vision import Pixels, Size, Vision, bounded
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Processing, Projection
 from .tower import at_a_time, projected_at_a_time
 
 FAKE, PLACEHOLDER = Token("<fake_token_around_image>"), Token("<image>")
@@ -120,6 +120,15 @@ def _connected(model: Idefics2Model, hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
+def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
+    """transformers' own default is to split."""
+    latents = config.perceiver_config.resampler_n_latents
+    splitting = bool(media.image_splitting)
+    return Processing(
+        {"processor_class": "Idefics2Processor", "image_seq_len": latents}, {"do_image_splitting": splitting}
+    )
+
+
 def _views(size: Size, splitting: bool) -> list[Size]:
     """The sizes of a picture's quarters, where it is split, and its own."""
     width, height = size
@@ -142,7 +151,9 @@ IDEFICS2 = Family(
         "projector": LLAMA_LAYERS,
         "vision_tower": SIGLIP_LAYERS,
     },
+    processor=_processor,
     vision=vision,
+    hub=(IDEFICS_2_HUB,),
     splits=True,
     adapt=_read_by_shape,
     projection=Projection(rows=lambda vision, size: vision.patches(size), run=_connected),

@@ -16,10 +16,10 @@ from PIL.Image import Image as Picture
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.template import IDEFICS_3, SMOLVLM, Token
+from ..data.template import IDEFICS_3, IDEFICS_3_HUB, SMOLVLM, Token
 from ..data.vision import Pixels, Runs, Size, Vision, bounded, lay_end_to_end
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Processing, Projection
 from .tower import see_a_few_at_a_time
 
 FAKE, PLACEHOLDER, WHOLE = Token("<fake_token_around_image>"), Token("<image>"), Token("<global-img>")
@@ -95,6 +95,18 @@ def _tiles(size: Size, longest: int, tile: int) -> Size:
     return (width // tile, height // tile) if width > tile or height > tile else (0, 0)
 
 
+def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
+    tower = config.vision_config
+    each = (tower.image_size // tower.patch_size) ** 2 // config.scale_factor**2
+    name = "SmolVLMProcessor" if config.model_type == "smolvlm" else "Idefics3Processor"
+    images: dict[str, Any] = {}
+    if media.image_splitting is not None:
+        images["do_image_splitting"] = media.image_splitting
+    if media.max_image_size:
+        images["size"] = {"longest_edge": int(media.max_image_size)}
+    return Processing({"processor_class": name, "image_seq_len": each}, images)
+
+
 def _adapt(model: PreTrainedModel) -> None:
     """A few tiles at a time; and before transformers 5.23, SmolVLM's features could not be of less bits than words."""
     see_a_few_at_a_time(model, 1, "connector")
@@ -121,7 +133,9 @@ IDEFICS3 = Family(
         "projector": ("proj",),
         "vision_tower": SIGLIP_LAYERS,
     },
+    processor=_processor,
     vision=vision,
+    hub=(IDEFICS_3_HUB, SMOLVLM),
     splits=True,
     scales=True,
     adapt=_adapt,

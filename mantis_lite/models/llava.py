@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import LLAMA_3, MLLAVA_V1, Token, Wrap
 from ..data.vision import Pixels, Vision
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Projection
+from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Processing, Projection
 from .tower import see_a_few_at_a_time
 
 
@@ -44,6 +44,17 @@ def vision(
     )
 
 
+def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
+    tower = config.vision_config
+    more = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(tower.model_type == "clip_vision_model"),
+    }
+    return Processing(more, {})
+
+
 def _read_layers(config: PreTrainedConfig) -> str:
     """The published vision_feature_layer of -2 leaves the last layer out: an adapter there would never learn."""
     layer = config.vision_feature_layer
@@ -64,6 +75,7 @@ LLAVA = Family(
         "projector": ("linear_1", "linear_2"),
         "vision_tower": SIGLIP_LAYERS,
     },
+    processor=_processor,
     vision=vision,
     tower_layers=_read_layers,
     adapt=lambda model: see_a_few_at_a_time(model, 0, "multi_modal_projector"),

@@ -130,7 +130,7 @@ def _from_pretrained(
         return auto.from_pretrained(
             checkpoint.name,
             config=config,
-            revision=checkpoint.revision,
+            revision=checkpoint.commit,
             dtype=dtype,
             quantization_config=_quantization(checkpoint.family, recipe, dtype),
             use_safetensors=True,

@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.template import QWEN2_VL, QWEN3_VL, Token
 from ..data.vision import Pixels, Size, Vision
 from ..recipe import MediaRecipe
-from .family import LLAMA_LAYERS, Family
+from .family import LLAMA_LAYERS, Family, Processing
 
 BEGIN, PLACEHOLDER, END = Token("<|vision_start|>"), Token("<|image_pad|>"), Token("<|vision_end|>")
 
@@ -70,6 +70,11 @@ def positions(placeholders: np.ndarray, grids: Sequence[np.ndarray], merge: int)
     return np.concatenate(parts, axis=1)
 
 
+def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[config.model_type]
+    return Processing({"processor_class": f"{name}Processor"}, {})
+
+
 QWEN2 = Family(
     model_types=("qwen2_vl", "qwen2_5_vl"),
     templates=(QWEN2_VL,),
@@ -83,8 +88,10 @@ QWEN2 = Family(
         "projector": ("0", "2", "linear_fc1", "linear_fc2"),
         "vision_tower": ("qkv", "proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "linear_fc1", "linear_fc2"),
     },
+    processor=_processor,
     vision=vision,
+    hub=(QWEN2_VL,),
     tower_layers=lambda config: r"blocks\.\d+\.",
 )
 
-QWEN3 = replace(QWEN2, model_types=("qwen3_vl",), templates=(QWEN3_VL,))
+QWEN3 = replace(QWEN2, model_types=("qwen3_vl",), templates=(QWEN3_VL,), hub=(QWEN3_VL,))

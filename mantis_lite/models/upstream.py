@@ -47,7 +47,7 @@ def is_upstream(folder: Path, model: PreTrainedModel) -> bool:
     file = _weights(folder)
     if file.name == PICKLED or (folder / WHOLE).exists():
         return True
-    rename = _renaming(model)
+    rename = renaming(model)
     return any(rename(key) != key.removeprefix(PREFIX) for key in open_tensors(file).keys())
 
 
@@ -123,7 +123,7 @@ def _unasked(file: Path) -> RecipeError:
     )
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
     """What a published tensor is called in the loaded model, without PEFT's prefix; today's names stay."""
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     return lambda key: rename_source_key(key.removeprefix(PREFIX), renamings, [])[0]
@@ -147,7 +147,7 @@ def _placed(
     """Tensors by today's names: each known, named once, of its shape and in numbers. Only WHOLE may be empty."""
     if not tensors and file.name != WHOLE:
         raise RecipeError(f"{file}: holds no tensors\n  {AGAIN}")
-    rename, of = _renaming(model), len(tensors)
+    rename, of = renaming(model), len(tensors)
     names = {key: rename(key) for key in tensors}
     often = Counter(names.values())
     lost = [key for key, name in names.items() if name not in shapes]
@@ -166,7 +166,7 @@ def _whole(
     file: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel, layers: Collection[str], base: str
 ) -> tuple[list[str], dict[str, Tensor]]:
     """The modules that were trained in full, and all their tensors: PEFT replaces a whole module."""
-    known, rename = dict(model.named_parameters(remove_duplicate=False)), _renaming(model)
+    known, rename = dict(model.named_parameters(remove_duplicate=False)), renaming(model)
     packed = [name for name, weight in known.items() if hasattr(weight, "quant_state")]
     owned = {key: f"{rename(key).rpartition('.')[0]}." for key in tensors}
     held = [key for key, owner in owned.items() if any(name.startswith(owner) for name in packed)]

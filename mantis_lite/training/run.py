@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from ..contract import Contract, contract_of, facts_of
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch
 from ..data.prepare import Prepared
 from ..data.vision import Vision
@@ -29,11 +30,13 @@ from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
 from ..models.attention import chosen_attention
+from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
 from ..models.kernels import chosen_kernels, fuse, fused_layers, words
-from ..models.load import load_model
+from ..models.load import load_model, working_dtype
 from ..models.vision_cache import VisionCache
-from ..recipe import Recipe
+from ..plain_clients import write_settings, write_template
+from ..recipe import ModelRecipe, Recipe
 from .broken import Broken
 from .callbacks import Aside, Intervals, MetricsFile, Seeds
 from .checkpoints import folder_of, require_space, written
@@ -127,11 +130,28 @@ class Run(Plan):
             if full:
                 # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
                 self.checkpoint.copy_small_files(beside)
+                write_settings(beside, self.checkpoint, self.encoder, self.recipe)
             if self.head is not None:
                 self.head.save_pretrained(beside)  # what the scores are; beside an adapter PEFT takes no notice of it
                 if self.encoder.score and self.encoder.score.tokens:
                     self.encoder.tokenizer.save(str(beside / "tokenizer.json"))
+            write_template(beside, self.encoder)
+            self._contract(open_checkpoint(ModelRecipe(name=str(beside))) if full else self.checkpoint).write(beside)
         return folder
+
+    def _contract(self, used: Checkpoint) -> Contract:
+        """How what was trained is to be used, with the checkpoint it is used by; and the last of its metrics."""
+        lines = lines_of(self.recipe.run_dir / METRICS)
+        kept = {k: v for line in lines for k, v in line.items() if k == "loss" or k.startswith("eval_")}
+        return contract_of(
+            "model" if self.recipe.method == "full" else "adapter",
+            self.recipe,
+            self.checkpoint,
+            facts_of(used, used.encoder(self.recipe)),
+            self.prepared,
+            str(working_dtype()).removeprefix("torch."),
+            {name: value for name, value in kept.items() if isinstance(value, int | float | None)},
+        )
 
     def _require_space(self) -> None:
         args, left = self.trainer.args, self.schedule.steps - self.resumed.step
