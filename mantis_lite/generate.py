@@ -1,55 +1,165 @@
-"""A sample's turns -> the model's next answer, greedily."""
+"""Samples' turns -> the model's next answers: one by one or in a batch, at once or word by word."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from .data.encode import Encoded, Encoder
 from .data.sample import Sample
+from .errors import SampleError
 from .models.load import placed
+
+GREEDY: dict[str, Any] = {"do_sample": False}
+
+
+def answer(model: PreTrainedModel, encoder: Encoder, sample: Sample, max_new_tokens: int = 512) -> str:
+    """The text a model answers to a sample's turns, without its end token; the same each time (greedy)."""
+    return answers(model, encoder, [sample], max_new_tokens)[0].strip()
+
+
+def answers(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    max_new_tokens: int = 512,
+    sampling: dict[str, Any] | None = None,
+) -> list[str]:
+    """The texts a model answers to each sample's turns, in one batch, without their end tokens. Raises SampleError."""
+    encoded = [encoder.encode_prompt(sample) for sample in samples]
+    for sample, found in zip(samples, encoded, strict=True):
+        refuse_long(model, sample, len(found), max_new_tokens)
+    ids = generate(model, encoder, encoded, max_new_tokens, sampling)
+    return [text_of(encoder, found) for found in ids]
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, encoder: Encoder, sample: Sample, max_new_tokens: int = 512) -> str:
-    """The text a model answers to a sample's turns, without its end token; the same each time (greedy)."""
-    encoded = encoder.encode_prompt(sample)
-    inputs = {"input_ids": torch.from_numpy(encoded.input_ids[None]), **_vision_inputs(encoder, encoded)}
-    with _generating(model):
-        ids = model.generate(
-            **placed(inputs, model),
-            attention_mask=torch.ones(1, len(encoded), dtype=torch.int64, device=model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=encoder.token_id(encoder.template.end),
-            pad_token_id=encoder.token_id(encoder.template.end),
+def generate(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[Encoded],
+    max_new_tokens: int = 512,
+    sampling: dict[str, Any] | None = None,
+    watch: Callable[[int], bool] | None = None,
+) -> list[list[int]]:
+    """The ids that go on from each of a batch of prompts, up to and without what ends them.
+
+    `sampling` holds temperature, top_p and the like of transformers' GenerationConfig, and a seed; without it the
+    likeliest token is taken. `watch` is told each new id of a single prompt, and stops by returning False.
+    """
+    assert watch is None or len(prompts) == 1
+    batch = _padded(encoder, prompts)
+    ends = _ends(model, encoder)
+    choice = dict(sampling or GREEDY)
+    seed = choice.pop("seed", None)
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], **choice)
+    watched = _Watch(watch, ends) if watch else None
+    with _generating(model), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        found = model.generate(
+            **placed(batch, model),
+            generation_config=settings,
+            streamer=watched,
+            stopping_criteria=StoppingCriteriaList([watched.stopped]) if watched else None,
         )
-    return encoder.tokenizer.decode(ids[0, len(encoded) :].tolist(), skip_special_tokens=True).strip()
+    return [_before_end(row, ends) for row in found[:, batch["input_ids"].shape[1] :].tolist()]
 
 
-def _vision_inputs(encoder: Encoder, encoded: Encoded) -> dict[str, Any]:
-    if not encoded.pixels:
-        return {}
-    inputs = encoder.vision.batch(encoded.pixels)
-    if encoder.vision.positions:  # the model lays them out itself, and goes on from them as it generates
-        placeholder = encoder.token_id(encoder.vision.placeholder)
-        inputs["mm_token_type_ids"] = torch.from_numpy(encoded.input_ids[None] == placeholder).int()
-    return inputs
+def text_of(encoder: Encoder, ids: Sequence[int]) -> str:
+    """The text of an answer's ids; without the blank that its header ends in, which belongs to no answer."""
+    text = encoder.tokenizer.decode(list(ids), skip_special_tokens=True)
+    header = encoder.template.headers["assistant"][-1]
+    return text.removeprefix(" ") if header.endswith(" ") else text
+
+
+def refuse_long(model: PreTrainedModel, sample: Sample, tokens: int, max_new_tokens: int) -> None:
+    """Raise SampleError where a prompt and its answer would be longer than the model's positions."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most and tokens + max_new_tokens > most:
+        found = (
+            f"{tokens:,} tokens, and up to {max_new_tokens:,} for the answer, where the model has {most:,} positions"
+        )
+        raise SampleError(sample.where, found, "Ask about fewer pictures, or for a shorter answer.", sample.id)
+
+
+class _Watch(BaseStreamer):
+    """Hands each new id on, and remembers whether to stop; transformers' streamers give words, and cannot stop."""
+
+    def __init__(self, watch: Callable[[int], bool], ends: list[int]) -> None:
+        self.watch, self.ends, self.prompt, self.goes_on = watch, ends, True, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:  # what comes first is what was asked
+            self.prompt = False
+        elif self.goes_on and (token := int(value.reshape(-1)[0])) not in self.ends:
+            self.goes_on = self.watch(token)
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def stopped(self) -> StoppingCriteria:
+        return _Stopped(self)
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, watched: _Watch) -> None:
+        self.watched = watched
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), not self.watched.goes_on, device=input_ids.device)
+
+
+def _padded(encoder: Encoder, prompts: Sequence[Encoded]) -> dict[str, Any]:
+    """The model's inputs: prompts (B, T) padded on the left, a mask of what is none, all pictures in their order."""
+    longest = max(map(len, prompts))
+    shape = len(prompts), longest
+    ids = np.full(shape, encoder.token_id(encoder.template.end), dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    for at, prompt in enumerate(prompts):
+        ids[at, longest - len(prompt) :] = prompt.input_ids
+        mask[at, longest - len(prompt) :] = 1
+    batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    if pictures := [picture for prompt in prompts for picture in prompt.pixels]:
+        batch |= encoder.vision.batch(pictures)
+        if encoder.vision.positions:  # the model lays them out itself, and goes on from them as it generates
+            placeholder = encoder.token_id(encoder.vision.placeholder)
+            batch["mm_token_type_ids"] = torch.from_numpy(ids == placeholder).int()
+    return batch
+
+
+def _ends(model: PreTrainedModel, encoder: Encoder) -> list[int]:
+    """What ends an answer: the template's own token first, and those that the model was published with."""
+    known = getattr(model.generation_config, "eos_token_id", None)
+    published = known if isinstance(known, list) else [] if known is None else [known]
+    return list(dict.fromkeys([encoder.token_id(encoder.template.end), *published]))
+
+
+def _before_end(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @contextmanager
 def _generating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and an attention that knows caches: the one for packs does not."""
+    """Evaluation mode, no defaults of the checkpoint's own, and an attention that knows caches as packs' does not."""
     decoder, training = model.get_decoder(), model.training
     packed = decoder.config._attn_implementation
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = plain.generation_config
     decoder.set_attn_implementation("sdpa")
     model.eval()
+    plain.generation_config = GenerationConfig()
     try:
         yield
     finally:
+        plain.generation_config = own
         decoder.set_attn_implementation(packed)
         model.train(training)

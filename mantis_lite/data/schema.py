@@ -57,6 +57,17 @@ def parse(row: Mapping[str, Any], where: str, root: MediaFolder | None, task: Ta
     return sample
 
 
+def user_turn(text: str, images: Sequence[Image] = (), videos: Sequence[Video] = ()) -> Turn:
+    """What a user asks of pictures and clips: at their marks in the text, or in front of it. Raises Fault.
+
+    A mark of what is not given is text.
+    """
+    given: _Media = {Mark.VIDEO: videos, Mark.IMAGE: images}
+    turns: _Turns = [("user", _split(text, tuple(mark for mark in given if given[mark])))]
+    (turn,) = _pair(turns, given)
+    return turn
+
+
 def _chat(row: Mapping[str, Any], root: MediaFolder) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     turns, notices = _turns(row, root, (Mark.IMAGE,))
     images, ignored = pictures_of(row, root)
