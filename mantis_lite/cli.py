@@ -6,14 +6,16 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from .data.prepare import Prepared
     from .metrics import Metrics
+    from .repl import Repl
     from .report.check import Check, Outlook
     from .report.fit import Fit
     from .report.probe import Probe
@@ -41,6 +43,9 @@ Gpu = Annotated[float | None, typer.Option(min=1, help="The card's memory in GiB
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="Go on with a stopped run although its recipe or data is another now.")
 ]
+ModelArgument = Annotated[str, typer.Argument(help="A run, an adapter or a model: a folder, or a name on the hub.")]
+Bits = Annotated[int | None, typer.Option(help="Of the frozen weights, 4 or 16; else as they were in training.")]
+Template = Annotated[str | None, typer.Option(help="Of prompts; `hub`: the base's own. Else as in training.")]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Move an old run in run_dir aside first.")]
 
 
@@ -149,6 +154,85 @@ def predict_command(
     if found.metrics is not None:
         _show_metrics(found.metrics)
     typer.echo(f"{len(found.samples):,} predictions in {found.file}")
+
+
+@app.command("chat")
+def chat_command(
+    model: ModelArgument,
+    overrides: Overrides = None,
+    image: Annotated[list[str] | None, typer.Option(help="A picture for the first turn; again for more.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A clip for the first turn; again for more.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this one thing, and end.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each answer.")] = False,
+    bits: Bits = None,
+    template: Template = None,
+    system: Annotated[str | None, typer.Option(help="Say this first, in place of the template's own words.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Draw answers; 0 or none: the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from so much of the likeliest.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same draws each time.")] = None,
+) -> None:
+    """Ask a run, an adapter or a model about pictures and clips; /help lists what else can be typed."""
+    _prepare_process()
+    from .chat import MantisChat
+    from .repl import Repl
+
+    chat = MantisChat(model, bits, template, system, overrides or ())
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+
+    def show(text: str) -> None:
+        typer.echo(text if as_json else _printable(text), nl=False)
+
+    repl = Repl(chat, show, settings, list(image or ()), list(video or ()), as_json)
+    if prompt is not None:
+        return repl.ask(prompt)
+    if sys.stdin.isatty() and not as_json:
+        typer.echo(f"{model} in template {chat.encoder.template.name}; /help lists what can be typed")
+    repl.read(_typed_lines(repl))
+
+
+@app.command("merge")
+def merge_command(
+    model: ModelArgument,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="The merged model's folder; else merged/ beside the adapter.")] = None,
+    base: Annotated[
+        Literal["full", "dequantized"] | None,
+        typer.Option(help="What to add to: the base's weights, or what they are once in 4 bits (QLoRA's default)."),
+    ] = None,
+    others: Annotated[
+        list[str] | None, typer.Option("--with", help="Another adapter and its weight, FOLDER=0.5; again for more.")
+    ] = None,
+    weight: Annotated[float, typer.Option(help="The weight of the adapter itself.")] = 1.0,
+    combine: Annotated[
+        str, typer.Option(help="How several are combined, by PEFT: linear, cat, svd, ties, ...")
+    ] = "linear",
+    least: Annotated[float, typer.Option(min=0, max=1, help="At how many positions the two must agree.")] = 0.995,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the two to compare them.")] = False,
+) -> None:
+    """Merge an adapter into its base, a file of weights at a time, and check that the two say the same."""
+    _prepare_process()
+    from rich.console import Console
+    from rich.progress import track
+
+    from .merge import merge
+
+    def watch(files: list[Path]) -> Iterable[Path]:
+        console = Console(stderr=True)
+        return track(files, "merging", console=console, transient=True, disable=not console.is_terminal)
+
+    more = [_weighed(word) for word in others or ()]
+    found = merge(model, to, base, overrides or (), more, weight, combine, None if no_check else least, watch)
+    if found.agreement:
+        agreed = found.agreement
+        typer.echo(
+            f"the merged model chooses as the adapter does at {agreed.share:.2%} of {agreed.positions:,} positions of "
+            f"{agreed.rows}; KL {agreed.kl:.2e}, logits apart by {agreed.largest:.2e} at most"
+        )
+    typer.echo(f"merged into {found.folder}, with the base's weights {WEIGHTS_OF[found.base]}")
+
+
+WEIGHTS_OF = {"full": "as published", "dequantized": "as they are once in 4 bits, where training had them so"}
 
 
 @app.command("quickstart")
@@ -286,6 +370,31 @@ def _show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
         from .data.labels import some
 
         typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
+
+
+def _weighed(word: str) -> tuple[str, float]:
+    """FOLDER=0.5 -> both. Raises RecipeError."""
+    from .errors import RecipeError
+
+    folder, _, number = word.rpartition("=")
+    try:
+        return folder, float(number)
+    except ValueError:
+        raise RecipeError(
+            f"--with: {word}\n  Write an adapter's folder and its weight: runs/other/adapter=0.5."
+        ) from None
+
+
+def _typed_lines(repl: Repl) -> Iterator[str]:
+    """What is typed, line by line, to the end of the input; Ctrl-C forgets a line."""
+    tty = sys.stdin.isatty()
+    while True:
+        try:
+            yield input(repl.prompt if tty else "")
+        except KeyboardInterrupt:
+            typer.echo()
+        except EOFError:
+            return
 
 
 SHOWN = 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -123,6 +124,16 @@ def class_row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str,
 def number_row(name: str, exercise: Exercise, images: Sequence[str]) -> dict[str, Any]:
     """The exercise as a row of regression data: its answer is a number."""
     return {"id": name, "images": list(images), "prompt": _asked(exercise), "label": float(exercise.answer)}
+
+
+def drawn(number: int) -> tuple[Exercise, list[bytes]]:
+    """One of Tiny Mantis' exercises by its number, and its pictures as PNG files."""
+    rng = random.Random(number)
+    exercise = QUESTIONS[number % len(QUESTIONS)](rng)
+    files = [io.BytesIO() for _ in exercise.things]
+    for thing, file in zip(exercise.things, files, strict=True):
+        draw(thing, rng).save(file, "PNG")
+    return exercise, [file.getvalue() for file in files]
 
 
 def write(

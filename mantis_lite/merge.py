@@ -1,0 +1,255 @@
+"""An adapter and its base -> one model in the base's published layout, a file of weights at a time; and checked."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from .agreement import Agreement, compared, logits_of
+from .contract import Contract, Target, contract_of_adapter, facts_of, versions
+from .data.prepare import prepare
+from .data.sample import Image, Sample, Turn
+from .errors import CheckError, DiskError, RecipeError
+from .models.checkpoint import open_checkpoint
+from .models.load import working_dtype
+from .models.merging import Laid, combined, stand_in
+from .models.weights import INDEX, weight_files
+from .plain_clients import write_settings, write_template
+from .recipe import ModelRecipe
+from .tiny import tasks
+from .trained import TOKENIZER, Trained, is_run, open_trained
+from .training.checkpoints import written
+
+LEAST = 0.995
+"""The share of positions at which the merged model must choose the same as the adapter on its base."""
+ROWS = 32
+"""How many rows the two are run on."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The folder of a merged model, what the adapter was added to, and how the two agree, if that was looked at."""
+
+    folder: Path
+    base: Target
+    agreement: Agreement | None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is merged: a trained adapter; it and others by weight, and how they are combined; what they are added to."""
+
+    trained: Trained
+    adapters: list[tuple[str, float]]
+    combine: str
+    base: Target
+
+
+def merge(
+    source: str | Path,
+    to: str | Path | None = None,
+    base: Target | None = None,
+    overrides: Sequence[str] = (),
+    others: Sequence[tuple[str, float]] = (),
+    weight: float = 1.0,
+    combine: str = "linear",
+    least: float | None = LEAST,
+    watch: Callable[[list[Path]], Iterable[Path]] = iter,
+) -> Merged:
+    """Merge the adapter of a run, or any adapter, with its base, into the folder `to`, or merged/ beside the adapter.
+
+    `base` is what it is added to: the base's own weights ("full"), or what those of QLoRA's parts are once they have
+    been in 4 bits ("dequantized"): what its adapter was trained on, and so its default. `others` are more adapters,
+    each with its weight, combined first by PEFT's `add_weighted_adapter`. Both the merged model and the adapter are
+    then run on held-out rows; `least` None leaves that out. `watch` shows the files that are worked on.
+
+    Raises RecipeError, DiskError, and CheckError where they agree less than `least`; nothing is left behind then.
+    """
+    trained = open_trained(source, overrides)
+    if trained.adapter is None:
+        raise RecipeError(f"{source}: is a model, with no adapter beside it\n  Name a run or an adapter.")
+    more = [(str(Path(name) / "adapter") if is_run(name) else name, share) for name, share in others]
+    task = _Task(trained, [(str(trained.adapter), weight), *more], combine, _target(trained, base))
+    folder = Path(to) if to else trained.adapter.parent / "merged"
+    if folder.exists():
+        raise RecipeError(f"--to: {folder} exists already\n  Name another folder, or remove it.")
+    trained.require_base()
+    files = weight_files(trained.checkpoint)
+    size = sum(file.stat().st_size for file in files)
+    _require_room(folder, size)
+    how = _memory_for(size) if least is not None else None
+    with written(folder, size) as beside:
+        laid = Laid(
+            stand_in(trained.head or trained.checkpoint.config, trained.head is not None),
+            trained.checkpoint.family,
+            task.adapters,
+            combine,
+            trained.recipe.quantized if task.base == "dequantized" else (),
+            _trained_in(trained),
+        )
+        _write_weights(laid, files, beside, watch)
+        _write_small_files(trained, laid, beside)
+        del laid
+        contract = _contract(task, beside)
+        contract.write(beside)
+        found = None if how is None else _compare(task, beside, *how)
+        if found and least and found.share < least:
+            raise CheckError(_disagreement(found, least, trained, task.base))
+        if found:
+            contract.model_copy(update={"agreement": asdict(found)}).write(beside)
+    return Merged(folder, task.base, found)
+
+
+def _target(trained: Trained, base: Target | None) -> Target:
+    if "quantization_config" in trained.checkpoint.published:
+        raise RecipeError(
+            f"{trained.checkpoint.name}: is saved in few bits, into which nothing can be merged\n"
+            "  Set model to the original in 16 bits."
+        )
+    if base == "dequantized" and not trained.recipe.quantized:
+        raise RecipeError("--base: dequantized, but the adapter was trained on no weight in 4 bits\n  Leave it out.")
+    return base or ("dequantized" if trained.recipe.quantized else "full")
+
+
+def _trained_in(trained: Trained) -> torch.dtype:
+    """What weights were in before they were packed into 4 bits."""
+    return getattr(torch, trained.contract.dtype) if trained.contract else working_dtype()
+
+
+def _require_room(folder: Path, size: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size * 1.01 > free:
+        sizes = f"the merged model takes about {size / 1e9:,.2f} GB, and {free / 1e9:,.2f} are free"
+        raise DiskError(f"--to: {sizes} on the disk of {folder.parent}\n  Free some, or name a folder on another disk.")
+
+
+def _memory_for(size: int) -> tuple[torch.dtype, str]:
+    """The precision and device that the two models are compared in, one after the other. Raises RecipeError."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size:
+        return working_dtype(), "cuda"
+    free = psutil.virtual_memory().available
+    if free > 2.4 * size:  # weights of 16 bits in 32
+        return torch.float32, "cpu"
+    if free > 1.2 * size:
+        return torch.bfloat16, "cpu"
+    sizes = f"the whole model takes {1.2 * size / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free"
+    raise RecipeError(
+        f"merge: to compare the merged model with the adapter, {sizes}\n"
+        "  Merge where there is more memory; or with --no-check, which needs one file of weights at a time."
+    )
+
+
+def _write_weights(laid: Laid, files: list[Path], folder: Path, watch: Callable[[list[Path]], Iterable[Path]]) -> None:
+    """Write the files of weights, each with the adapter in it, and their index where there are several."""
+    places: dict[str, str] = {}
+    size = 0
+    for file in watch(files):
+        tensors = dict(laid.merged(file))
+        if file == files[-1]:
+            tensors |= dict(laid.new())
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file.name, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_small_files(trained: Trained, laid: Laid, folder: Path) -> None:
+    """Everything beside the weights: the base's own, to the letter but for what the adapter has changed."""
+    checkpoint, encoder = trained.checkpoint, trained.encoder
+    checkpoint.copy_small_files(folder)
+    write_template(folder, encoder)
+    write_settings(folder, checkpoint, encoder, trained.recipe)
+    if trained.head is not None:
+        trained.head.save_pretrained(folder)
+        if encoder.score and encoder.score.tokens:
+            encoder.tokenizer.save(str(folder / "tokenizer.json"))
+        return
+    config = _changed(checkpoint.published, laid)
+    if config != checkpoint.published:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    assert trained.adapter is not None
+    if laid.rows != checkpoint.config.get_text_config().vocab_size:
+        for name in TOKENIZER:
+            if (trained.adapter / name).is_file():
+                shutil.copy(trained.adapter / name, folder)
+
+
+def _changed(published: dict[str, Any], laid: Laid) -> dict[str, Any]:
+    """The base's config, with the words that the adapter brought, and embeddings apart where it has parted them."""
+    config = json.loads(json.dumps(published))
+    for section in [config, *[config[key] for key in ("text_config",) if isinstance(config.get(key), dict)]]:
+        if "vocab_size" in section and laid.rows > section["vocab_size"]:
+            section["vocab_size"] = laid.rows
+        if laid.untied:
+            section["tie_word_embeddings"] = False
+    return config
+
+
+def _contract(task: _Task, folder: Path) -> Contract:
+    trained = task.trained
+    before = trained.contract or contract_of_adapter(
+        trained.recipe, trained.checkpoint, trained.encoder, trained.folder
+    )
+    merged = open_checkpoint(ModelRecipe(name=str(folder)))
+    now: dict[str, Any] = {"kind": "merged", "merged": task.base, "quantized": [], "versions": versions()}
+    return before.model_copy(update=now | {"facts": facts_of(merged, merged.encoder(task.trained.recipe))})
+
+
+def _compare(task: _Task, folder: Path, dtype: torch.dtype, device: str) -> Agreement:
+    """Run the adapter on its base, then the merged model, on the same rows. Raises RecipeError, SampleError."""
+    trained, encoder = task.trained, task.trained.encoder
+    samples, rows = _samples(trained)
+    lay = partial(combined, adapters=task.adapters, combine=task.combine)
+    first = trained.load(dtype, device, lambda model: lay(model)[0])
+    one = logits_of(first, encoder, samples)
+    del first
+    gc.collect()
+    second = open_trained(folder).load(dtype, device)
+    other = logits_of(second, encoder, samples)
+    problem = trained.recipe.head.problem if trained.head is not None else None
+    return compared(one, other, problem, rows)
+
+
+def _samples(trained: Trained) -> tuple[list[Sample], str]:
+    """Rows to compare on: held out ones, else those trained on, else drawn ones; and which they are."""
+    if is_run(trained.name) or is_run(Path(trained.name).parent):
+        recipe = trained.recipe
+        head = recipe.head if recipe.task == "classify" else None
+        prepared = prepare(recipe.data, recipe.packing, trained.encoder, task=recipe.task, head=head)
+        rows = prepared.train if prepared.held_out is None else prepared.held_out
+        which = "rows of training" if prepared.held_out is None else "held-out rows"
+        found = [rows[at] for at in range(0, len(rows), max(1, len(rows) // ROWS))][:ROWS]
+        return found, f"{len(found)} {which}"
+    return [_drawn(number, trained.head is None) for number in range(ROWS)], f"{ROWS} drawn rows"
+
+
+def _drawn(number: int, answered: bool) -> Sample:
+    """A question about several pictures that are drawn for it, with its answer."""
+    exercise, pictures = tasks.drawn(number)
+    asked = Turn("user", (*(Image(picture) for picture in pictures), exercise.question))
+    answer = (Turn("assistant", (exercise.answer,)),) if answered else ()
+    return Sample(f"drawn:{number}", None, (asked, *answer))
+
+
+def _disagreement(found: Agreement, least: float, trained: Trained, base: Target) -> str:
+    remedy = "Its numbers may be too fine for the base's precision; --least lets it pass."
+    if trained.recipe.quantized and base == "full":
+        remedy = "The adapter was trained on weights in 4 bits: --base dequantized adds it to those."
+    return (
+        f"merge: the merged model chooses as the adapter does at {found.share:.2%} of {found.positions:,} positions of "
+        f"{found.rows}, and {least:.2%} are asked for (KL {found.kl:.2e}, logits apart by {found.largest:.2e})\n"
+        f"  {remedy}"
+    )
