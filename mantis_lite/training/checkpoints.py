@@ -113,12 +113,12 @@ def rotate(run_dir: Path, keep: int | None, best: Path | None = None) -> None:
     One that cannot be removed stays, with a warning.
     """
     checkpoints = saved(run_dir)
-    if not keep or fault(checkpoints[0]) is not None:
+    older = [folder for folder in checkpoints[keep:] if folder != best] if keep else []
+    if not older or fault(checkpoints[0]) is not None:
         return
-    for folder in checkpoints[keep:]:
+    for folder in older:
         try:
-            if folder != best:
-                remove(folder)
+            remove(folder)
         except OSError as error:
             log.warning("%s cannot be removed: %s", folder, error.strerror)
 
