@@ -1,6 +1,8 @@
 """What a user can get wrong, each with the exit code the command line ends with."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from signal import Signals
 
@@ -8,6 +10,16 @@ from signal import Signals
 def one_line(error: Exception) -> str:
     """What another library says is wrong, short enough for one line of a message."""
     return " ".join(str(error).split())[:300]
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """The nearest known name, by the whole dotted name or by its last word alone."""
+    known = list(known)
+    leaf = found.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == leaf] or difflib.get_close_matches(found, known, 1)
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.75)]
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class MantisError(ValueError):

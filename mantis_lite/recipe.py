@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib.util
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +13,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from .conflicts import conflicts
-from .errors import RecipeError, one_line
+from .errors import RecipeError, did_you_mean, one_line
 from .files import write_whole
 from .secrets import refuse_secrets
+from .train_keys import STEP_SIZES, train_keys, train_problems
 from .yaml_text import load_yaml, read_text
 
 Part = Literal["language_model", "projector", "vision_tower"]
@@ -35,44 +32,6 @@ DEFAULTS = {
     "video": "video-idefics2-qlora",
     "classify": "classify-idefics2-lora",
 }
-
-REFUSED = {
-    "per_device_train_batch_size": "a pack is the batch; size it with packing.max_length, and the step with "
-    "train.tokens_per_step or train.samples_per_step",
-    "per_device_eval_batch_size": "a pack is the batch; size it with packing.max_length",
-    "output_dir": "the run's folder is run_dir",
-    "remove_unused_columns": "the batch is made by the package, and nothing in it is unused",
-    "label_smoothing_factor": "it would hold all logits at once, and a pack without an answer would have a loss of NaN",
-    "gradient_checkpointing": "set memory.checkpointing",
-    "gradient_checkpointing_kwargs": "set memory.checkpointing",
-    "optim": "set memory.optimizer",
-    "eval_strategy": "set eval.every",
-    "eval_steps": "set eval.every",
-    "do_eval": "set data.eval",
-    "train_sampling_strategy": "the plan orders the packs; set packing.seed",
-    "use_liger_kernel": "set memory.kernels",
-    "resume_from_checkpoint": "running again in the same run_dir resumes",
-    "prediction_loss_only": "evaluation gives the loss",
-    "save_only_model": "a run goes on by the optimizer's state as well; set train.save_total_limit",
-    "ignore_data_skip": "a run that goes on takes up the rows where it stopped",
-    "enable_jit_checkpoint": "a signal has the run save by itself",
-    "dataloader_in_order": "packs come in the order of the plan",
-    "auto_find_batch_size": "a pack is the batch; `mantis-lite fit` says beforehand whether it fits",
-    "do_train": "that is what the command does",
-    "do_predict": "there is nothing to predict on",
-    "deepspeed": "set launch.strategy",
-    "fsdp": "set launch.strategy",
-    **dict.fromkeys(
-        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-        "a run pushes nothing while it trains; afterwards `hf upload --private user/name RUN_DIR/adapter` does",
-    ),
-    **dict.fromkeys(
-        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        "trackio keeps the run on this machine; what it makes of it on the hub, it makes public",
-    ),
-}
-
-STEP_SIZES = ("tokens_per_step", "samples_per_step", "gradient_accumulation_steps")
 
 
 class Section(BaseModel):
@@ -268,7 +227,7 @@ def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), wher
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         raise RecipeError("\n".join(dict.fromkeys(map(_explain, error.errors())))) from None
-    problems = [*_train_problems(recipe.train), *conflicts(recipe)]
+    problems = [*train_problems(recipe.train), *conflicts(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -300,7 +259,7 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     known = [*DEFAULTS, *(file.stem for file in recipes_dir().glob("*.yaml"))]
-    raise RecipeError(f"{name}: no such recipe{_did_you_mean(name, known)}\n  There are: {', '.join(sorted(known))}.")
+    raise RecipeError(f"{name}: no such recipe{did_you_mean(name, known)}\n  There are: {', '.join(sorted(known))}.")
 
 
 def _yaml() -> YAML:
@@ -375,18 +334,6 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-@cache
-def _train_keys() -> dict[str, str]:
-    """TrainingArguments' field names and annotations, read from its source: importing it would take seconds."""
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.origin is not None
-    tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    fields = [(n.target, n.annotation) for n in body if isinstance(n, ast.AnnAssign)]
-    keys = {name.id: ast.unparse(kind) for name, kind in fields if isinstance(name, ast.Name)}
-    return {k: kind for k, kind in keys.items() if not k.startswith("_")} | dict.fromkeys(STEP_SIZES, "step size")
-
-
 def _known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
@@ -394,22 +341,12 @@ def _known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator
             yield from _known_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _did_you_mean(found: str, known: Iterable[str]) -> str:
-    """The nearest known name, by the whole dotted name or by its last word alone."""
-    known = list(known)
-    leaf = found.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == leaf] or difflib.get_close_matches(found, known, 1)
-    leaves = {name.rpartition(".")[2]: name for name in known}
-    near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.75)]
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _explain(detail: Any) -> str:
     """One pydantic error in this project's words."""
     key = ".".join(str(part) for part in detail["loc"] if part not in ("float", "str"))  # a union's own
     if detail["type"] == "extra_forbidden":
-        known = [*_known_keys(), *(f"train.{name}" for name in _train_keys()), *_source_keys(key)]
-        return f"{key}: no such key{_did_you_mean(key, known)}"
+        known = [*_known_keys(), *(f"train.{name}" for name in train_keys()), *_source_keys(key)]
+        return f"{key}: no such key{did_you_mean(key, known)}"
     if detail["type"] == "missing":
         return f"{key}: missing\n  Add {key}=..., or the key to the recipe."
     if detail["type"] == "bool_type":
@@ -420,24 +357,3 @@ def _explain(detail: Any) -> str:
 def _source_keys(key: str) -> list[str]:
     prefix = key.rpartition(".")[0]
     return [f"{prefix}.{name}" for name in SourceRecipe.model_fields] if key.startswith("data.sources") else []
-
-
-def _train_problems(train: dict[str, Any]) -> Iterator[str]:
-    for key in train:
-        if key in REFUSED:
-            yield f"train.{key}: not set here: {REFUSED[key]}"
-        elif key not in _train_keys():
-            yield f"train.{key}: no such key{_did_you_mean(f'train.{key}', [f'train.{k}' for k in _train_keys()])}"
-    numbers = {"int": (int, "a whole number"), "float": (int | float, "a number")}
-    for key, value in train.items():
-        kind, name = numbers.get(_train_keys().get(key, ""), (object, ""))
-        if key not in REFUSED and (not isinstance(value, kind) or (name and isinstance(value, bool))):
-            yield f"train.{key}: expected {name}, found {value!r}"
-    if isinstance(rate := train.get("learning_rate"), int | float) and rate <= 0:
-        yield f"train.learning_rate: expected more than 0, found {rate}"
-    steps = [key for key in STEP_SIZES if key in train]
-    if len(steps) > 1:
-        yield f"train: {' and '.join(steps)} each set the size of a step\n  Keep one of them."
-    for key in steps:
-        if not isinstance(train[key], int) or train[key] < 1:
-            yield f"train.{key}: expected a positive whole number, found {train[key]!r}"

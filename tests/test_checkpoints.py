@@ -24,7 +24,7 @@ def made(run_dir: Path, step: int) -> Path:
     """A checkpoint with a large file, a small one and one in a folder."""
     run_dir.mkdir(exist_ok=True)
     folder = run_dir / f"checkpoint-{step}"
-    with written(folder) as beside:
+    with written(folder, size=6000) as beside:
         (beside / "adapter_model.safetensors").write_bytes(random.Random(step).randbytes(5000))
         (beside / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
         (beside / "inner").mkdir()

@@ -118,9 +118,10 @@ def test_a_key_by_its_name_whatever_it_holds(key):
 
 
 def test_no_key_of_a_recipe_is_taken_for_one():
-    from mantis_lite.recipe import _known_keys, _train_keys
+    from mantis_lite.recipe import _known_keys
+    from mantis_lite.train_keys import train_keys
 
-    assert [key for key in [*_known_keys(), *_train_keys()] if NAME.search(key)] == ["hub_token"]
+    assert [key for key in [*_known_keys(), *train_keys()] if NAME.search(key)] == ["hub_token"]
 
 
 def test_a_token_in_yaml_that_cannot_be_read(tmp_path):

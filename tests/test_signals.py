@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mantis_lite.data.clips import SIGNALS
 from mantis_lite.errors import Stopped
-from mantis_lite.training.signals import SIGNALS, Signals, agreed
+from mantis_lite.training.signals import Signals, agreed
 
 
 def handlers() -> list:

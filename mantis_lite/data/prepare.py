@@ -26,7 +26,6 @@ from .sample import Sample
 from .source import Rows, expand, open_source
 
 CHUNK = 256  # rows measured together, so that the tokenizer works on many texts at once
-MAX_REJECTED = 0.01
 
 
 @dataclass
@@ -137,10 +136,15 @@ def read_rows(
     return prepared
 
 
+def may_be_skipped(rows: int) -> int:
+    """How many of so many rows: 1%, or one."""
+    return max(1, rows // 100)
+
+
 def refuse_too_many(prepared: Prepared) -> None:
     """Raise DataError where more rows were rejected than may be skipped."""
     rejects, rows = prepared.rejects, prepared.rows_read
-    if len(rejects) > max(1, MAX_REJECTED * rows):
+    if len(rejects) > may_be_skipped(rows):
         raise DataError(
             f"{len(rejects)} of {rows} rows cannot be used ({len(rejects) / rows:.1%}), more than the 1% that may be "
             f"skipped; the first is\n  {rejects[0]}"

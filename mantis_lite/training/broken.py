@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 
-from ..data.prepare import Prepared, write_rejects
+from ..data.prepare import Prepared, may_be_skipped, write_rejects
 from ..errors import SampleError
 from ..recipe import Recipe
 
@@ -19,7 +19,7 @@ class Broken:
     def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
         self.skip = recipe.data.on_bad_row == "skip"
         self.path = recipe.run_dir / REJECTS
-        self.allowed = max(1, int(prepared.rows_read * 0.01))
+        self.allowed = may_be_skipped(prepared.rows_read)
 
     def __call__(self, error: SampleError) -> None:
         if not self.skip:

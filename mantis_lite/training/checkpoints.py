@@ -85,7 +85,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 @contextmanager
-def written(folder: Path, size: int | None = None) -> Iterator[Path]:
+def written(folder: Path, size: int) -> Iterator[Path]:
     """A folder of the same name to write files in, which appears in its place as a whole, or not at all.
 
     What was there is replaced. Raises DiskError, which says that about `size` bytes are needed, where it cannot be.
@@ -113,12 +113,12 @@ def rotate(run_dir: Path, keep: int | None, best: Path | None = None) -> None:
     One that cannot be removed stays, with a warning.
     """
     checkpoints = saved(run_dir)
-    if not keep or fault(checkpoints[0]) is not None:
+    older = [folder for folder in checkpoints[keep:] if folder != best] if keep else []
+    if not older or fault(checkpoints[0]) is not None:
         return
-    for folder in checkpoints[keep:]:
+    for folder in older:
         try:
-            if folder != best:
-                remove(folder)
+            remove(folder)
         except OSError as error:
             log.warning("%s cannot be removed: %s", folder, error.strerror)
 
@@ -191,15 +191,15 @@ def _of_disk(error: Exception) -> bool:
     return isinstance(error, OSError) or "os error" in str(error).lower()
 
 
-def _unwritten(folder: Path, size: int | None, error: Exception) -> str:
+def _unwritten(folder: Path, size: int, error: Exception) -> str:
     free = shutil.disk_usage(folder.parent).free
     reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-    needs = f"; it takes about {_bytes(size)}, and {_bytes(free)} are free" if size else f"; {_bytes(free)} are free"
+    needs = f"it takes about {_bytes(size)}, and {_bytes(free)} are free"
     before = [path for path in saved(folder.parent) if path != folder]
     kept = f" {before[0].name} is as it was: the run goes on from there." if before else ""
     full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "Free some room" if full else "See that the folder can be written"
-    return f"{folder} could not be written: {reason}{needs}\n  {remedy}, and run the same command again.{kept}"
+    return f"{folder} could not be written: {reason}; {needs}\n  {remedy}, and run the same command again.{kept}"
 
 
 def _counted(count: int) -> str:

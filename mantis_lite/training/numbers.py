@@ -109,8 +109,7 @@ class Numbers(TrainerCallback):
 
     def require_finite(self, tensors: Iterable[Tensor], step: int) -> None:
         """Raise DivergedError where a tensor that is about to be saved holds what is not a number."""
-        largest = [tensor.detach().abs().max() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-        if largest and not torch.stack([value.float().cpu() for value in largest]).isfinite().all():
+        if not _finite(tensors):
             raise DivergedError(
                 f"step {step}: weights or the optimiser's state are not finite, and are not saved\n"
                 "  Lower train.learning_rate; what was saved before is as it was."
@@ -144,7 +143,7 @@ class Numbers(TrainerCallback):
         self.skipped.append({"step": step, "found": found, "samples": samples})
         some = ", ".join(samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
         count = len(self.skipped)
-        dead = not torch.stack([p.detach().abs().max().float() for p in self.parameters]).isfinite().all()
+        dead = not _finite(self.parameters)
         if dead or count > self.allowed:
             why = "weights are no longer finite" if dead else f"{count} steps were skipped, the most are {self.allowed}"
             raise DivergedError(
@@ -164,6 +163,12 @@ class Numbers(TrainerCallback):
         spike = self.mean is not None and loss > SPIKE * self.mean
         self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
         return spike
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all that tensors hold are numbers; they may lie on several devices."""
+    largest = [tensor.detach().abs().max() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return all(math.isfinite(value) for value in largest)
 
 
 def _sums(parameters: list[nn.Parameter]) -> Tensor:

@@ -218,7 +218,6 @@ def start(
             found = f"run_dir: {recipe.run_dir} cannot be written: {error.strerror}"
             raise DiskError(f"{found}\n  Make room there, or set run_dir to another disk.") from error
         run = _load(plan, import_upstream)
-        run.trainer.accepted = bool(plan.resumed.changed)
         for callback in (*reports, *callbacks):
             run.trainer.add_callback(callback)
         held.pop_all()  # the run lets go of its folder when it has trained
@@ -266,6 +265,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
     trainer.doing, trainer.doing_held_out = doing
     trainer.keep = recipe.train.get("save_total_limit")
+    trainer.accepted = bool(plan.resumed.changed)
     _watch(run, cache)
     return run
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..data.clips import SIGNALS
 from ..errors import Stopped
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 GRACE = 10
 """Seconds that a DataLoader worker lives on after a SIGTERM."""

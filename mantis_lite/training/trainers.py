@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,27 +74,29 @@ class Lasting(Trainer):
         if self._feed is None or self._feed.first is not epoch_iterator:
             taken = self.state.global_step * self.args.gradient_accumulation_steps
             self._feed = Feed(self.callback_handler.train_dataloader, epoch_iterator, taken, self.doing)
-        try:
+        with self._saving():
             return super().get_batch_samples(self._feed, num_batches, device)
-        except WorkerError:
-            if self.state.global_step:
-                self.save_now()
-            raise
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the trainer's own, from its beginning when a worker dies, up to three times."""
         deaths = Deaths(self.doing_held_out)
-        while True:
-            try:
-                return super().evaluate(*args, **kwargs)
-            except RuntimeError as error:
+        with self._saving():
+            while True:
                 try:
+                    return super().evaluate(*args, **kwargs)
+                except RuntimeError as error:
                     deaths.count(error)
-                except WorkerError:
-                    if self.state.global_step:
-                        self.save_now()
-                    raise
-                self._forget_evaluation()
+                    self._forget_evaluation()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save the steps that were taken before a run ends of its workers."""
+        try:
+            yield
+        except WorkerError:
+            if self.state.global_step:
+                self.save_now()
+            raise
 
     def _forget_evaluation(self) -> None:
         """Drop what was gathered of an evaluation that is begun anew."""
