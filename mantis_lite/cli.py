@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from .data.prepare import Prepared
     from .metrics import Metrics
+    from .push import Pushed
     from .repl import Repl
     from .report.check import Check, Outlook
     from .report.fit import Fit
@@ -171,14 +172,24 @@ def chat_command(
     temperature: Annotated[float | None, typer.Option(min=0, help="Draw answers; 0 or none: the likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from so much of the likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same draws each time.")] = None,
+    web: Annotated[bool, typer.Option("--web", help="A page in the browser, on this machine alone.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
 ) -> None:
     """Ask a run, an adapter or a model about pictures and clips; /help lists what else can be typed."""
     _prepare_process()
+    if web:
+        from .web import require_gradio
+
+        require_gradio()
     from .chat import MantisChat
     from .repl import Repl
 
     chat = MantisChat(model, bits, template, system, overrides or ())
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    if web:
+        from .web import show_page
+
+        return show_page(chat, port, typer.echo, **settings)
 
     def show(text: str) -> None:
         typer.echo(text if as_json else _printable(text), nl=False)
@@ -233,6 +244,46 @@ def merge_command(
 
 
 WEIGHTS_OF = {"full": "as published", "dequantized": "as they are once in 4 bits, where training had them so"}
+
+
+@app.command("push")
+def push_command(
+    source: Annotated[str, typer.Argument(help="A run, or the folder of an adapter or a merged model.")],
+    repo: Annotated[str, typer.Argument(help="Where to on the hub: user/name.")],
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it there, in a pull request.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Put it in the place of what is there.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="For all to see; a new repository is private else.")] = False,
+    license: Annotated[str | None, typer.Option(help="What it is given under; else what its base is.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be pushed, and send nothing.")] = False,
+) -> None:
+    """Put what was trained on the hub, with a card, privately. Run it again to go on where it was cut off."""
+    _prepare_process()
+    from .push import push
+
+    _show_pushed(push(source, repo, create_pr, update, public, license, dry_run))
+
+
+@app.command("serve")
+def serve_command(
+    model: ModelArgument,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Others than loopback need a key in MANTIS_LITE_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    bits: Bits = None,
+    template: Template = None,
+    system: Annotated[str | None, typer.Option(help="Say this first, in place of the template's own words.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of a request, its pictures in base64.")] = 32 << 20,
+    max_pictures: Annotated[int, typer.Option(min=0, help="Pictures and clips of a request.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer that may be asked for.")] = 1024,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for one that is answered.")] = 8,
+) -> None:
+    """Answer OpenAI's chat API, pictures as data URLs; on this machine alone, or with a key."""
+    _prepare_process()
+    from .chat_request import Limits
+    from .serve import serve
+
+    limits = Limits(body=max_bytes, pictures=max_pictures, tokens=max_tokens, waiting=max_waiting)
+    serve(model, overrides or (), host, port, limits, bits, template, system, typer.echo)
 
 
 @app.command("quickstart")
@@ -370,6 +421,15 @@ def _show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
         from .data.labels import some
 
         typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
+
+
+def _show_pushed(found: Pushed) -> None:
+    for notice in found.notices:
+        typer.echo(f"notice: {notice}")
+    for name, size in found.files.items():
+        typer.echo(f"{size:>15,}  {name}")
+    count = f"{len(found.files)} files, {sum(found.files.values()) / 1e6:,.1f} MB"
+    typer.echo(f"{count}: pushed, {found.commit}" if found.commit else f"{count}: would be pushed to {found.url}")
 
 
 def _weighed(word: str) -> tuple[str, float]:

@@ -102,7 +102,7 @@ class Contract(_Fields):
     data: Data | None
     recipe: dict[str, Any]
     metrics: dict[str, float | None] = {}
-    agreement: dict[str, float | str] | None = None
+    agreement: dict[str, int | float | str] | None = None
     """How a merged model agrees with its adapter (`agreement.py`)."""
     versions: dict[str, str]
 
@@ -224,8 +224,17 @@ def facts_of(checkpoint: Checkpoint, encoder: Encoder) -> Facts:
 
 def public_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """A recipe's settings as others may read them: of a path, the last name alone."""
-    settings = _named(recipe.model_dump(mode="json", exclude={"run_dir"}))
-    return settings | {"model": settings["model"] | {"name": checkpoint.public_name, "revision": checkpoint.commit}}
+    settings = recipe.model_dump(mode="json", exclude={"run_dir"})
+    adapter, held_out = settings["model"]["adapter"], settings["data"]["eval"]
+    model = {"name": checkpoint.public_name, "revision": checkpoint.commit, "adapter": adapter and public_name(adapter)}
+    sources = [
+        source | {key: source[key] and public_name(source[key]) for key in ("path", "media_dir")}
+        for source in settings["data"]["sources"]
+    ]
+    data = {"sources": sources, "eval": public_name(held_out) if isinstance(held_out, str) else held_out}
+    # Of TrainingArguments' own keys some are folders.
+    train = {key: public_name(value) if _is_path(value) else value for key, value in settings["train"].items()}
+    return settings | {"model": settings["model"] | model, "data": settings["data"] | data, "train": train}
 
 
 def versions() -> dict[str, str]:
@@ -250,12 +259,8 @@ def _scores(problem: Problem | None, names: Sequence[str], recipe: Recipe) -> Sc
     return Scores(problem=problem, names=list(names), tokens=recipe.head.score == "special_tokens")
 
 
-def _named(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _named(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_named(inner) for inner in value]
-    return public_name(value) if isinstance(value, str) and "/" in value else value
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and "/" in value
 
 
 def _hash(value: Any) -> str:

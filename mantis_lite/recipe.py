@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from .conflicts import conflicts
@@ -17,7 +15,7 @@ from .errors import RecipeError, did_you_mean, one_line
 from .files import write_whole
 from .secrets import refuse_secrets
 from .train_keys import STEP_SIZES, train_keys, train_problems
-from .yaml_text import load_yaml, read_text
+from .yaml_text import dump_yaml, load_yaml, read_text
 
 Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
@@ -235,9 +233,7 @@ def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), wher
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting of the recipe, defaults included, as YAML that `load_recipe` reads back."""
-    text = io.StringIO()
-    _yaml().dump(recipe.model_dump(mode="json"), text)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, dump_yaml(recipe.model_dump(mode="json")).encode())
 
 
 def recipes_dir() -> Path:
@@ -260,13 +256,6 @@ def find_recipe(name: str) -> Path:
         return path
     known = [*DEFAULTS, *(file.stem for file in recipes_dir().glob("*.yaml"))]
     raise RecipeError(f"{name}: no such recipe{did_you_mean(name, known)}\n  There are: {', '.join(sorted(known))}.")
-
-
-def _yaml() -> YAML:
-    yaml: Any = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    return yaml
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ REFUSED = {
     "fsdp": "set launch.strategy",
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-        "a run pushes nothing while it trains; afterwards `hf upload --private user/name RUN_DIR/adapter` does",
+        "a run pushes nothing while it trains; afterwards `mantis-lite push RUN_DIR user/name` does",
     ),
     **dict.fromkeys(
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ def read_text(file: Path) -> str:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise YAMLError(f"not UTF-8: byte {text[error.start]:#04x} at {error.start + 1}") from None
+
+
+def dump_yaml(settings: Any) -> str:
+    """Plain values as YAML that `load_yaml` reads back, in their order."""
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    text = io.StringIO()
+    yaml.dump(settings, text)
+    return text.getvalue()
 
 
 def load_yaml(text: str) -> Any:

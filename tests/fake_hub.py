@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,7 +24,8 @@ class FakeHub:
     """Serves `folder` while the context lasts.
 
     `requests` lists "METHOD path" in order; `received` whole requests, headers and body, but for the token, which is
-    put into `tokens`; `private` says of each repository that was created whether it is.
+    put into `tokens`; `private` says of each repository that was created whether it is. Requests wait for `delay`
+    seconds before they are done, and those with a part of `failing` in their path are answered its status.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,6 +34,8 @@ class FakeHub:
         self.received: list[bytes] = []
         self.tokens: set[str] = set()
         self.private: dict[str, bool] = {}
+        self.delay = 0.0
+        self.failing: dict[str, int] = {}
         self.commits: dict[Path, list[str]] = {}
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -65,12 +69,20 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # whoever sent it was killed
+            self.close_connection = True
+            return
         headers = "".join(f"{k}: {v}\n" for k, v in self.headers.items() if k.lower() != "authorization")
         self.hub.requests.append(f"{self.command} {self.path}")
         self.hub.received.append(f"{self.requestline}\n{headers}\n".encode() + body)
         self.root: Path | None = None
+        time.sleep(self.hub.delay)
         try:
+            for part, status in self.hub.failing.items():
+                if part in self.path:
+                    raise _Refused(status, "", f"It fails with {status}")
             self.route(body)
         except _Refused as refused:
             status, code, words = refused.args

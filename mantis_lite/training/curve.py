@@ -24,5 +24,6 @@ def draw_curve(metrics: Path, picture: Path) -> None:
             )
     axes.set(xlabel="step", ylabel="loss", title="loss a trained token (held out: mean over packs)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture, dpi=150)
