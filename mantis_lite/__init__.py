@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError
 from .recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from .chat import MantisChat
     from .scoring import Predictions
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "load_recipe", "predict", "train"]
+__all__ = ["MantisChat", "Recipe", "load_recipe", "predict", "train"]
 
 
 def train(
@@ -55,3 +56,12 @@ def predict(
     from . import scoring  # as above
 
     return scoring.predict(source, list(overrides), metrics, output)
+
+
+def __getattr__(name: str) -> Any:
+    """MantisChat, with which torch is imported once it is asked for."""
+    if name == "MantisChat":
+        from .chat import MantisChat
+
+        return MantisChat
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
