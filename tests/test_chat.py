@@ -274,3 +274,16 @@ def test_the_command(pngs, llava_folder):
     found = json.loads(once.output)
     typed = CliRunner().invoke(app, words, input="What is <image>?\n/undo\n/quit\n")
     assert typed.exit_code == 0 and typed.output.strip() == found["answer"].strip()
+
+
+EXAMPLES = {"llava": "llava", "idefics2": "idefics2", "fuyu": "fuyu", "smolvlm": "smolvlm", "qwen_vl": "qwen2_5_vl"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_family(folder_of, monkeypatch, capsys, name):
+    """As it stands, but for the model, which is a tiny one of its family."""
+    code = (Path(__file__).parents[1] / f"examples/chat_{name}.py").read_text()
+    monkeypatch.setattr("sys.argv", [name, str(folder_of(EXAMPLES[name]))])
+    monkeypatch.setattr("mantis_lite.chat.generate", lambda *asked: generate(*asked[:3], 4, *asked[4:]))
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
