@@ -28,7 +28,7 @@ from .plain_clients import write_settings, write_template
 from .recipe import ModelRecipe
 from .tiny import tasks
 from .trained import TOKENIZER, Trained, is_run, open_trained
-from .training.checkpoints import written
+from .training.checkpoints import UNFINISHED, written
 
 LEAST = 0.995
 """The share of positions at which the merged model must choose the same as the adapter on its base."""
@@ -83,6 +83,7 @@ def merge(
     folder = Path(to) if to else trained.adapter.parent / "merged"
     if folder.exists():
         raise RecipeError(f"--to: {folder} exists already\n  Name another folder, or remove it.")
+    _sweep(folder)
     trained.require_base()
     files = weight_files(trained.checkpoint)
     size = sum(file.stat().st_size for file in files)
@@ -119,6 +120,13 @@ def _target(trained: Trained, base: Target | None) -> Target:
     if base == "dequantized" and not trained.recipe.quantized:
         raise RecipeError("--base: dequantized, but the adapter was trained on no weight in 4 bits\n  Leave it out.")
     return base or ("dequantized" if trained.recipe.quantized else "full")
+
+
+def _sweep(folder: Path) -> None:
+    """Clear away what a merge into this folder was writing that was killed."""
+    for left in folder.parent.glob(f"{folder.name}{UNFINISHED}*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left)
 
 
 def _trained_in(trained: Trained) -> torch.dtype:

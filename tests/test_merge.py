@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -150,25 +153,32 @@ def test_chat_says_the_same_before_and_after(run_of, tmp_path):
     assert before.encoder.token_id("<|eot_id|>") in settings["eos_token_id"]
 
 
-def test_several_files_of_weights_and_their_index(run_of, folder_of, tmp_path):
-    base = Path(shutil.copytree(folder_of("llava"), tmp_path / "base"))
+def split(folder: Path, target: Path) -> Path:
+    """A checkpoint as larger ones are published, its weights in three files."""
+    base = Path(shutil.copytree(folder, target))
     whole = load_file(base / "model.safetensors")
-    parts = [sorted(whole)[at::3] for at in range(3)]
     places = {}
-    for at, keys in enumerate(parts, 1):
-        name = f"model-{at:05}-of-00003.safetensors"
+    for at in range(3):
+        name = f"model-{at + 1:05}-of-00003.safetensors"
+        keys = sorted(whole)[at::3]
         save_file({key: whole[key] for key in keys}, base / name, metadata={"format": "pt"})
         places |= dict.fromkeys(keys, name)
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return base
+
+
+def test_several_files_of_weights_and_their_index(run_of, folder_of, tmp_path):
+    base = split(folder_of("llava"), tmp_path / "base")
+    places = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     one, three = tmp_path / "one", tmp_path / "three"
     merge(run_of("llava"), one)
     merge(run_of("llava"), three, overrides=[f"model={base}"])  # the same weights, by another name
     index = json.loads((three / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == dict(sorted(places.items()))
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     found = {key: tensor for name in set(places.values()) for key, tensor in load_file(three / name).items()}
     expected = load_file(one / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     assert AutoModelForImageTextToText.from_pretrained(three)
 
@@ -384,3 +394,27 @@ def test_a_merged_head_scores_the_same(scored, tmp_path, kind, problem, score, m
     torch.testing.assert_close(torch.tensor(ours.logits), torch.tensor(expected.logits), atol=1e-3, rtol=1e-3)
     keys = load_file(tmp_path / "merged/model.safetensors")
     assert keys["score.weight"].dtype == torch.float32 and not [key for key in keys if "lm_head" in key]
+
+
+KILLED = """
+import os, signal, sys
+import mantis_lite.merge as merging
+plain, count = merging.save_file, iter(range(2))
+def kills(tensors, file, metadata):
+    plain(tensors, file, metadata)
+    if next(count) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+merging.save_file = kills
+merging.merge(sys.argv[1], sys.argv[2], None, [f"model={sys.argv[3]}"])
+"""
+
+
+def test_a_merge_that_is_killed_leaves_no_model(run_of, folder_of, tmp_path):
+    base = split(folder_of("llava"), tmp_path / "base")
+    words = [run_of("llava"), tmp_path / "merged", base]
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = (path for path in tmp_path.iterdir() if path != base)
+    assert left.name.startswith("merged.tmp-")
+    merge(run_of("llava"), tmp_path / "merged", overrides=[f"model={base}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]

@@ -174,26 +174,6 @@ USER = "quetzalcoatl"
 TOKENS = {"HF_TOKEN": HF, "HUGGING_FACE_HUB_TOKEN": "hf_" + "SecondCanary" * 3, "WANDB_API_KEY": WANDB}
 CLI = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mantis_lite.cli import main; main()"
 LOUD = "import logging; logging.basicConfig(level=logging.DEBUG)"
-MERGE = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from peft import PeftModel
-from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.models.load import load_model
-from mantis_lite.recipe import load_recipe
-recipe = load_recipe("run/recipe.yaml")
-checkpoint = open_checkpoint(recipe.model)
-merged = PeftModel.from_pretrained(load_model(checkpoint, recipe), "run/adapter").merge_and_unload()
-merged.save_pretrained("merged")
-checkpoint.copy_small_files(Path("merged"))
-"""
-PUSH = """
-from huggingface_hub import HfApi
-api = HfApi()
-for folder, name in (("run/adapter", "ann/adapter"), ("merged", "ann/merged")):
-    api.create_repo(name, private=True)
-    api.upload_folder(folder_path=folder, repo_id=name)
-"""
 
 
 def texts_of(data: bytes) -> list[bytes]:
@@ -264,8 +244,10 @@ def chain(home, environment):
             [CLI, "check", "mine.yaml", *own],
             [CLI, "fit", "mine.yaml", *own],
             [CLI, "train", "mine.yaml", *own],
-            [MERGE],
-            [PUSH],
+            [CLI, "merge", "run", "--to", "merged"],
+            [CLI, "push", "run", "ann/adapter"],
+            [CLI, "push", "merged", "ann/merged", "--license=mit"],
+            [CLI, "chat", "merged", "--prompt", "what?", "--max-new-tokens=4"],
         ):
             where = {"cwd": work, "env": environment | {"HF_ENDPOINT": hub.url}}
             done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, **where)
@@ -278,9 +260,9 @@ def chain(home, environment):
 def test_no_token_is_printed_and_no_path_but_by_loggers(chain):
     """Other packages' debug lines name their folders on this machine; the commands' own name what was typed."""
     printed, _ = chain
-    assert len(printed) == 6 and sum(text.count("DEBUG:") for text in printed) > 100
-    assert [found_in(text.encode()) for text in printed] == [[]] * 6
-    own = [line for text in printed[:4] for line in text.splitlines() if not line.startswith("DEBUG:")]
+    assert len(printed) == 8 and sum(text.count("DEBUG:") for text in printed) > 100
+    assert [found_in(text.encode()) for text in printed] == [[]] * 8
+    own = [line for text in printed for line in text.splitlines() if not line.startswith("DEBUG:")]
     assert own and not [line for line in own if USER in line]
 
 

@@ -89,6 +89,11 @@ def test_a_system_turn_that_was_trained_comes_with_it(run_of, folder_of, tmp_pat
     assert "Be brief." in (adapter / "chat_template.jinja").read_text()
 
 
+def test_words_with_slashes_are_no_paths(run_of):
+    words = "/no_think Answer yes/no. " + "x/" * 130
+    assert read_contract(run_of(system=words) / "adapter").recipe["prompt"]["system"] == words
+
+
 def test_a_full_run_is_its_model(run_of):
     run = run_of("idefics2", method="full")
     assert read_contract(run / "model").kind == "model"
