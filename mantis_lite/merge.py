@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import save_file
 
 from .agreement import Agreement, compared, logits_of
 from .contract import Contract, Target, contract_of_adapter, facts_of, versions
@@ -23,7 +23,7 @@ from .errors import CheckError, DiskError, RecipeError
 from .models.checkpoint import open_checkpoint
 from .models.load import working_dtype
 from .models.merging import Laid, combined, stand_in
-from .models.weights import INDEX, weight_files
+from .models.weights import INDEX, room_for_names, weight_files, write_tensors
 from .plain_clients import write_settings, write_template
 from .recipe import ModelRecipe
 from .tiny import tasks
@@ -32,6 +32,8 @@ from .training.checkpoints import UNFINISHED, written
 
 LEAST = 0.995
 """The share of positions at which the merged model must choose the same as the adapter on its base."""
+ROOM = 4096
+"""Bytes for the names of what an adapter brings: a score head, words that go out."""
 ROWS = 32
 """How many rows the two are run on."""
 
@@ -163,12 +165,10 @@ def _write_weights(laid: Laid, files: list[Path], folder: Path, watch: Callable[
     places: dict[str, str] = {}
     size = 0
     for file in watch(files):
-        tensors = dict(laid.merged(file))
-        if file == files[-1]:
-            tensors |= dict(laid.new())
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file.name, {"format": "pt"})
-        places |= dict.fromkeys(tensors, file.name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        tensors = chain(laid.merged(file), laid.new() if file == files[-1] else ())
+        sizes = write_tensors(folder / file.name, tensors, room_for_names(file) + ROOM)
+        places |= dict.fromkeys(sizes, file.name)
+        size += sum(sizes.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

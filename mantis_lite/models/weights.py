@@ -1,10 +1,16 @@
-"""The files of a checkpoint's weights, and what tells one set of weights from another without reading them all."""
+"""The files of a checkpoint's weights: where they are, what tells one set from another, and writing them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import struct
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..errors import RecipeError
 from .adapter_config import open_tensors
@@ -12,6 +18,13 @@ from .checkpoint import Checkpoint, find_folder
 from .small_files import AS_PUBLISHED, read_small
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+KINDS = {
+    **{torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}
+"""What safetensors calls kinds of numbers."""
 
 SAMPLED = 64
 """Numbers of each tensor that a fingerprint reads, from its beginning: another training moves every one."""
@@ -45,3 +58,34 @@ def fingerprint(files: Sequence[Path]) -> str:
                 numbers = first.flatten()[:SAMPLED].float().numpy().tobytes()
                 found[key] = f"{kind} {shape} {sha256(numbers).hexdigest()}"
     return sha256("\n".join(f"{key} {found[key]}" for key in sorted(found)).encode()).hexdigest()[:32]
+
+
+def room_for_names(file: Path) -> int:
+    """The bytes that a file of safetensors has in front for names and places."""
+    with file.open("rb") as opened:
+        return struct.unpack("<Q", opened.read(8))[0]
+
+
+def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], room: int) -> dict[str, int]:
+    """Write tensors as safetensors does, but one at a time, so that no more is held than one; returns their bytes.
+
+    Its own writer wants all of a file at once. `room` is kept in front for their names and places, which are known
+    only in the end: JSON that blanks fill up (https://github.com/huggingface/safetensors, format).
+    """
+    room += -room % 8
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sizes: dict[str, int] = {}
+    end = 0
+    with file.open("wb") as opened:
+        opened.seek(8 + room)
+        for name, tensor in tensors:
+            opened.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            place = [end, end + tensor.nbytes]
+            header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+            sizes[name] = tensor.nbytes
+            end += tensor.nbytes
+        text = json.dumps(header).encode()
+        assert len(text) <= room, f"{len(text)} bytes of names and places, and room for {room}"
+        opened.seek(0)
+        opened.write(struct.pack("<Q", room) + text.ljust(room))
+    return sizes
