@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mantis_lite.cli import app
 from mantis_lite.errors import (
+    CheckError,
     DataError,
     DiskError,
     DivergedError,
@@ -30,7 +32,8 @@ from benchmarks import gpu_table, reliability_table, results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+DOCS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", DOCS, re.S | re.M)
 CODE = [line for language, block in BLOCKS if not language for line in block.splitlines()]
 COMMANDS = [shlex.split(line, comments=True) for line in CODE if line.startswith("mantis-lite")]
 
@@ -44,6 +47,8 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
         load_recipe(rest[0], ["data=x", *(word for word in rest[1:] if "=" in word)])
     elif command == "predict":  # of a run that a reader has made
         refuse_others(rest[0], [word for word in rest[1:] if not word.startswith("--")])
+    elif command in ("chat", "merge", "push", "serve"):  # of a run or a model that is not here
+        get_command(app).commands[command].make_context(command, rest)
     else:
         monkeypatch.chdir(tmp_path)
         assert CliRunner().invoke(app, [command, *rest]).exit_code == 0
@@ -91,8 +96,9 @@ def test_the_table_of_faults_is_what_was_measured():
 
 
 def test_exit_codes_of_the_readme_are_those_of_the_errors():
-    kinds = [MantisError, RecipeError, DataError, OutOfMemory, DivergedError, DiskError, ResumeError]
+    kinds = [MantisError, RecipeError, DataError, OutOfMemory, DivergedError, DiskError, ResumeError, CheckError]
     said = dict(re.findall(r"^\| (\d) \| (.*) \|$", README, re.M))
     words = ["unexpected", "usage or recipe", "data", "out of memory", "diverged", "disk", "resume or lock refused"]
+    words.append("a check failed")
     assert [said[str(kind.exit_code)] for kind in kinds] == words and said["0"] == "done"
     assert "| 128 + n | stopped by signal n, with a checkpoint |" in README and Stopped(15, None).exit_code == 143
