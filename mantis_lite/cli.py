@@ -286,6 +286,36 @@ def serve_command(
     serve(model, overrides or (), host, port, limits, bits, template, system, typer.echo)
 
 
+@app.command("export")
+def export_command(
+    model: ModelArgument,
+    llama_cpp: Annotated[Path, typer.Option("--llama-cpp", help="A checkout of llama.cpp, whose converter is run.")],
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The folder of the GGUF files; else NAME-gguf beside what was trained.")
+    ] = None,
+    outtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], typer.Option(help="What the weights are written in.")
+    ] = "f16",
+    python: Annotated[
+        Path | None, typer.Option(help="The python of an environment with llama.cpp's requirements; else this one.")
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Merge without comparing, in less memory.")] = False,
+) -> None:
+    """Write Idefics3, SmolVLM and Qwen-VL as GGUF for llama.cpp, by its own converter; an adapter is merged first."""
+    _prepare_process()
+    from .export import export
+    from .merge import LEAST
+
+    found = export(model, to, llama_cpp, outtype, overrides or (), python, None if no_check else LEAST)
+    if found.agreement:
+        agreed = found.agreement
+        typer.echo(f"merged: the same choice at {agreed.share:.2%} of {agreed.positions:,} positions of {agreed.rows}")
+    for notice in found.notices:
+        typer.echo(f"notice: {notice}")
+    typer.echo(f"exported; run it by: llama-server -m {found.model} --mmproj {found.projector} --jinja")
+
+
 @app.command("quickstart")
 def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = False) -> None:
     """Fine-tune the built-in Tiny Mantis on odd-one-out among four pictures: minutes, on a CPU."""

@@ -13,6 +13,7 @@ from .models.small_files import read_small
 from .recipe import Recipe
 
 TEMPLATE = "chat_template.jinja"
+TOKENIZER = "tokenizer_config.json"
 PROCESSOR, IMAGES, GENERATION = "processor_config.json", "preprocessor_config.json", "generation_config.json"
 
 
@@ -20,6 +21,9 @@ def write_template(folder: Path, encoder: Encoder) -> None:
     """The template of training as Jinja, in place of any that the base has."""
     if encoder.score is None:
         (folder / "chat_template.json").unlink(missing_ok=True)
+        if "chat_template" in (kept := _settings(folder / TOKENIZER)):
+            del kept["chat_template"]
+            _write(folder / TOKENIZER, kept)
         (folder / TEMPLATE).write_text(chat_template(encoder.template, encoder.vision, encoder.system))
 
 

@@ -47,7 +47,7 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
         load_recipe(rest[0], ["data=x", *(word for word in rest[1:] if "=" in word)])
     elif command == "predict":  # of a run that a reader has made
         refuse_others(rest[0], [word for word in rest[1:] if not word.startswith("--")])
-    elif command in ("chat", "merge", "push", "serve"):  # of a run or a model that is not here
+    elif command in ("chat", "merge", "push", "serve", "export"):  # of a run or a model that is not here
         get_command(app).commands[command].make_context(command, rest)
     else:
         monkeypatch.chdir(tmp_path)

@@ -16,6 +16,7 @@ from mantis_lite.contract import NAME, read_contract
 from mantis_lite.data.template import LLAMA_3
 from mantis_lite.errors import RecipeError
 from mantis_lite.merge import _drawn
+from mantis_lite.plain_clients import write_template
 from mantis_lite.recipe import make_recipe
 from mantis_lite.trained import open_trained
 from mantis_lite.training.run import start, train
@@ -87,6 +88,15 @@ def test_a_system_turn_that_was_trained_comes_with_it(run_of, folder_of, tmp_pat
     adapter = alone(run, tmp_path)
     assert MantisChat(adapter, overrides=[f"model={folder_of('llava')}"]).encoder.system == "Be brief."
     assert "Be brief." in (adapter / "chat_template.jinja").read_text()
+
+
+def test_a_template_of_the_base_s_own_gives_way(encoder, tmp_path):
+    for name, key in (("chat_template.json", "chat_template"), ("tokenizer_config.json", "chat_template")):
+        (tmp_path / name).write_text(json.dumps({key: "another", "bos_token": "<s>"}))
+    write_template(tmp_path, encoder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat_template.jinja", "tokenizer_config.json"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"bos_token": "<s>"}
+    assert "another" not in (tmp_path / "chat_template.jinja").read_text()
 
 
 def test_words_with_slashes_are_no_paths(run_of):
