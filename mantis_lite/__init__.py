@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError
-from .recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from .chat import MantisChat
+    from .recipe import Recipe, load_recipe
     from .scoring import Predictions
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ def train(
     `from_scratch` moves an old run aside; `import_upstream` allows the pickles of a `model.adapter` that the original
     Mantis code wrote. Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
     """
+    from .recipe import Recipe, load_recipe
     from .training import run  # torch is imported when it is needed
 
     if isinstance(recipe, Recipe):
@@ -59,9 +60,13 @@ def predict(
 
 
 def __getattr__(name: str) -> Any:
-    """MantisChat, with which torch is imported once it is asked for."""
+    """MantisChat, Recipe and load_recipe, imported once they are asked for: the command line asks for none at first."""
     if name == "MantisChat":
         from .chat import MantisChat
 
         return MantisChat
+    if name in ("Recipe", "load_recipe"):
+        from . import recipe
+
+        return getattr(recipe, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
