@@ -23,6 +23,7 @@ from .models.idefics3 import IDEFICS3
 from .models.llava import LLAVA
 from .yaml_text import dump_yaml, load_yaml
 
+CARD = "README.md"
 FRONT_MATTER = re.compile(r"\A\s*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 KINDS = {"adapter": "An adapter of", "model": "A fine-tune of", "merged": "An adapter merged into its base,"}
 NO_CLASS = "plain transformers has no class with a score head for this family; the package's own is used:"
@@ -64,6 +65,21 @@ def stated_license(readme: str) -> License | None:
         return None
     name, link = (stated.get(key) for key in ("license_name", "license_link"))
     return License(stated["license"], *(value if isinstance(value, str) else None for value in (name, link)))
+
+
+MEASURES = {
+    "positions": "positions compared",
+    "share": "of them, the same choice",
+    "kl": "KL divergence, nats",
+    "largest": "largest difference of two logits",
+    "rows": "in",
+}
+"""What the figures of `agreement.py` are."""
+
+
+def write_card(folder: Path, contract: Contract, name: str) -> None:
+    """Lay a card beside what was trained, as it would be found under a name on the hub; a push makes it anew."""
+    (folder / CARD).write_text(card(contract, f"user/{name}"))
 
 
 def card(
@@ -275,7 +291,8 @@ def _agreement(contract: Contract) -> str:
         return ""
     dequantized = "what the base's weights are once they have been in 4 bits"
     into = dequantized if contract.merged == "dequantized" else "the base's own weights"
-    figures = _table("measure", contract.agreement or {}) or "It was not compared with the adapter on its base."
+    found = {MEASURES.get(name, name): value for name, value in (contract.agreement or {}).items()}
+    figures = _table("adapter and merged model", found) or "It was not compared with the adapter on its base."
     return f"The adapter was added to {into}.\n\n{figures}"
 
 

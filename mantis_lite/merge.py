@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from .agreement import Agreement, compared, logits_of
+from .card import write_card
 from .contract import Contract, Target, contract_of_adapter, facts_of, versions
 from .data.prepare import prepare
 from .data.sample import Image, Sample, Turn
@@ -109,7 +110,9 @@ def merge(
         if found and least and found.share < least:
             raise CheckError(_disagreement(found, least, trained, task.base))
         if found:
-            contract.model_copy(update={"agreement": asdict(found)}).write(beside)
+            contract = contract.model_copy(update={"agreement": asdict(found)})
+            contract.write(beside)
+        write_card(beside, contract, folder.resolve().name)
     return Merged(folder, task.base, found)
 
 

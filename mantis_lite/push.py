@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 
-from .card import License, card, is_on_hub, recipe_yaml, stated_license
+from .card import CARD, License, card, is_on_hub, recipe_yaml, stated_license
 from .contract import NAME, Contract, read_contract
 from .data.jinja import chat_template
 from .errors import MantisError, RecipeError, one_line
@@ -34,7 +34,7 @@ from .secrets import refuse_secrets
 from .trained import RECIPE, Trained, is_run, open_trained
 from .training.checkpoints import MANIFEST, fault
 
-CARD, METRICS, CURVE = "README.md", "metrics.jsonl", "loss.png"
+METRICS, CURVE = "metrics.jsonl", "loss.png"
 MADE = (CARD, TEMPLATE, RECIPE)
 """What is written for the push; a file of the folder's own that is called so stays here."""
 

@@ -183,7 +183,8 @@ def test_a_merged_models_agreement(contract):
     merged = changed(contract, kind="merged", merged="dequantized", agreement=figures)
     text = card(merged, "ann/merged")
     assert "once they have been in 4 bits" in text
-    assert "| share | 1 |\n" in text and "| kl | 1.5e-07 |\n" in text and "| rows | 32 held-out rows |\n" in text
+    assert "| of them, the same choice | 1 |\n" in text and "| KL divergence, nats | 1.5e-07 |\n" in text
+    assert "| in | 32 held-out rows |\n" in text
     text = card(changed(contract, kind="merged", merged="full"), "ann/merged")
     assert "the base's own weights" in text and "was not compared" in text
 

@@ -91,6 +91,7 @@ def test_a_merged_model_is_its_adapter_on_its_base(run_of, family, tmp_path):
     contract = read_contract(tmp_path / "merged")
     assert (contract.kind, contract.merged, contract.run) == ("merged", "full", trained.contract.run)
     assert contract.agreement["share"] == 1 and contract.agreement["rows"] == "2 held-out rows"
+    assert "| of them, the same choice | 1 |" in (tmp_path / "merged/README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])

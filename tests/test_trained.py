@@ -68,6 +68,8 @@ def test_the_contract_says_all(run_of, folder_of):
     assert {"torch", "transformers", "peft"} <= found.versions.keys() and found.metrics["loss"] > 0
     assert str(run.parent) not in (run / "adapter" / NAME).read_text()
     assert "pirate" in (run / "adapter/chat_template.jinja").read_text()
+    card = (run / "adapter/README.md").read_text()
+    assert "library_name: peft\n" in card and "mantis-lite chat user/run" in card and "base_model:" not in card
 
 
 def test_an_adapter_alone_is_used_as_in_its_run(run_of, folder_of, tmp_path):

@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from ..card import write_card
 from ..contract import Contract, contract_of, facts_of
 from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch
 from ..data.prepare import Prepared
@@ -136,7 +137,10 @@ class Run(Plan):
                 if self.encoder.score and self.encoder.score.tokens:
                     self.encoder.tokenizer.save(str(beside / "tokenizer.json"))
             write_template(beside, self.encoder)
-            self._contract(open_checkpoint(ModelRecipe(name=str(beside))) if full else self.checkpoint).write(beside)
+            used = open_checkpoint(ModelRecipe(name=str(beside))) if full else self.checkpoint
+            contract = self._contract(used)
+            contract.write(beside)
+            write_card(beside, contract, self.recipe.run_dir.resolve().name)
         return folder
 
     def _contract(self, used: Checkpoint) -> Contract:
