@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,11 +64,10 @@ def make_adapter(base: Path, folder: Path) -> int:
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
-def merge_alone(adapter: str, base: str, to: str, method: str) -> None:
+def merge_alone(adapter: str, base: str, to: str, target: Any) -> None:
     """Merge, and print what that took."""
     from mantis_lite.merge import merge
 
-    target = "dequantized" if method == "qlora" else "full"
     before, begun, seen = own_memory(), time.perf_counter(), [0]
     done = threading.Event()
 
@@ -77,7 +77,7 @@ def merge_alone(adapter: str, base: str, to: str, method: str) -> None:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    merge(adapter, to, target, [f"model={base}", f"method={method}"], least=None)
+    merge(adapter, to, target, [f"model={base}"], least=None)
     done.set()
     watching.join()
     print(json.dumps({"seconds": time.perf_counter() - begun, "peak": max(seen) - before, "libraries": before}))
@@ -99,7 +99,7 @@ def in_a_process(*words: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--make", nargs=2, help="only make this base and adapter")
-    parser.add_argument("--merge", nargs=4, help="only merge this adapter, base, folder and method")
+    parser.add_argument("--merge", nargs=4, help="only merge this adapter, base, folder and --base")
     args = parser.parse_args()
     if args.make:
         base, adapter = map(Path, args.make)
@@ -114,8 +114,8 @@ def main() -> None:
         shards = [file.stat().st_size for file in Path(base).glob("*.safetensors")]
         figures = {"weights_mib": made["weights"] >> 20, "files": len(shards), "largest_file_mib": max(shards) >> 20}
         figures |= {"adapter_mib": made["adapter"] >> 20}
-        for method, what in (("lora", "full"), ("qlora", "dequantized")):
-            found = in_a_process("--merge", adapter, base, f"{scratch}/{method}", method)
+        for what in ("full", "dequantized"):
+            found = in_a_process("--merge", adapter, base, f"{scratch}/{what}", what)
             figures |= {f"{what}_seconds": round(found["seconds"], 1), f"{what}_peak_mib": found["peak"] >> 20}
             figures["libraries_mib"] = found["libraries"] >> 20
     print(figures)

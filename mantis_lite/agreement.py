@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 from .data.collate import collate
 from .data.encode import IGNORE, Encoder
 from .data.sample import Sample
+from .errors import CheckError
 from .models.load import placed
 
 POSITIONS = 1024
 """Most of an answer's tokens that are compared: of a vocabulary of 128,256 words their logits are 0.5 GB."""
+
+CLOSE = 0.01
+"""How near the probabilities of a score head's classes have to be."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,23 @@ def logits_of(model: PreTrainedModel | PeftModel, encoder: Encoder, samples: Seq
 def compared(one: Tensor, other: Tensor, problem: str | None, rows: str) -> Agreement:
     """How the logits (P, V) of two models agree; with the problem of a score head, its scores.
 
-    A number agrees where it is within 1% of the other, at least within 0.01.
+    A number agrees where it is within 1% of the other, at least within 0.01; a class where its probability is besides.
+    Raises CheckError for what is no number.
     """
+    for logits, which in ((one, "adapter"), (other, "merged model")):
+        if not logits.isfinite().all():
+            remedy = "Its training diverged: take an earlier checkpoint."
+            raise CheckError(f"merge: the {which} says what is no number on {rows}\n  {remedy}")
     apart = (one - other).abs()
     if problem == "regression":
         same, kl = (apart <= 0.01 * one.abs().clamp(min=1)).all(1), one.new_zeros(1)
     elif problem == "multi_label":
-        same, kl = ((one > 0) == (other > 0)).all(1), _kl(_two_sided(one), _two_sided(other))
+        same = ((one > 0) == (other > 0)).all(1) & ((one.sigmoid() - other.sigmoid()).abs() < CLOSE).all(1)
+        kl = _kl(_two_sided(one), _two_sided(other))
     else:
         same, kl = one.argmax(1) == other.argmax(1), _kl(one, other)
+        if problem:
+            same &= ((one.softmax(1) - other.softmax(1)).abs() < CLOSE).all(1)
     return Agreement(len(one), same.float().mean().item(), kl.mean().item(), apart.max().item(), rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -10,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .conflicts import CLIP_KEYS
 from .data.encode import Encoder
 from .data.prepare import Prepared
 from .errors import RecipeError, one_line
@@ -26,6 +29,12 @@ NAME = "mantis_lite.json"
 
 Target = Literal["full", "dequantized"]
 """What an adapter is merged into: its base's weights, or what they are once they have been in 4 bits."""
+
+DTYPES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 PROCESSING = (
     *("do_resize", "size", "crop_size", "do_center_crop", "resample", "do_rescale", "rescale_factor", "do_normalize"),
@@ -65,6 +74,8 @@ class Facts(_Fields):
     """What their tokens and patches are counted by."""
     backend: str
     processor: dict[str, Any]
+    frames: dict[str, Any]
+    """Which frames of a clip are taken, and what is said of each."""
 
 
 class Scores(_Fields):
@@ -73,6 +84,13 @@ class Scores(_Fields):
     problem: Problem
     names: list[str]
     tokens: bool
+
+
+class Weighed(_Fields):
+    """One of several adapters that were combined: the run that it is of, and its weight."""
+
+    run: str
+    weight: float
 
 
 class Data(_Fields):
@@ -90,7 +108,11 @@ class Contract(_Fields):
     kind: Literal["adapter", "model", "merged"]
     merged: Target | None = None
     """What a merged model's adapter was added to."""
-    run: str = Field(pattern=r"[0-9a-f]{16}")
+    combined: list[Weighed] = []
+    """The adapters that a merged model is made of, where they are several or weighed."""
+    combine: str | None = None
+    """How they were combined: one of PEFT's ways."""
+    run: str = Field(pattern=r"^[0-9a-f]{16}$")
     """The same for whatever comes of one recipe, base and data."""
     task: Task
     method: str
@@ -98,7 +120,7 @@ class Contract(_Fields):
     facts: Facts
     labels: Scores | None = None
     quantized: list[Part]
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16", "unknown"]
     data: Data | None
     recipe: dict[str, Any]
     metrics: dict[str, float | None] = {}
@@ -109,6 +131,29 @@ class Contract(_Fields):
     def write(self, folder: Path) -> None:
         """Lay it beside what it is about."""
         write_whole(folder / NAME, (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode())
+
+    @property
+    def made(self) -> tuple[Any, ...]:
+        """What tells it from all else that was made."""
+        return self.run, self.kind, self.merged, self.combine, tuple((part.run, part.weight) for part in self.combined)
+
+    def refuse_contradictions(self, name: str, adapter: bool, recipe: Recipe, quantized: list[Part]) -> None:
+        """Raise RecipeError where the contract says one thing, and what lies beside it or its own recipe another."""
+        head = recipe.head.labels if recipe.task == "classify" else None
+        said: dict[str, Any] = {
+            "kind": self.kind == "adapter",
+            "task": self.task,
+            "labels": self.labels and self.labels.names,
+        }
+        found: dict[str, Any] = {"kind": adapter, "task": recipe.task, "labels": head}
+        if self.kind == "adapter":  # else nothing is in few bits any more
+            said["quantized"], found["quantized"] = self.quantized, quantized
+        for key in said:
+            if said[key] != found[key]:
+                raise RecipeError(
+                    f"{name}: its {NAME} says another {key} than its recipe or what lies beside it\n"
+                    "  Take the folder as it was trained."
+                )
 
     def refuse_others(self, name: str, checkpoint: Checkpoint, encoder: Encoder) -> None:
         """Raise RecipeError where prompts or pictures would come to something else than `name` was trained on."""
@@ -134,7 +179,7 @@ class Contract(_Fields):
 def read_contract(folder: Path) -> Contract | None:
     """The contract in a folder, if there is one. Raises RecipeError for one that cannot be read."""
     file = folder / NAME
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     try:
         return Contract.model_validate(read_json(file))
@@ -154,7 +199,7 @@ def contract_of(
     checkpoint: Checkpoint,
     facts: Facts,
     prepared: Prepared,
-    dtype: str,
+    dtype: torch.dtype,
     metrics: Mapping[str, float | None],
 ) -> Contract:
     """The contract of what a run has trained."""
@@ -177,7 +222,7 @@ def contract_of(
         facts=facts,
         labels=_scores(labels.problem, labels.names, recipe) if (labels := prepared.labels) else None,
         quantized=recipe.quantized,
-        dtype=dtype,
+        dtype=DTYPES[dtype],
         data=data,
         recipe=public,
         metrics=dict(metrics),
@@ -218,6 +263,7 @@ def facts_of(checkpoint: Checkpoint, encoder: Encoder) -> Facts:
         template_hash=_hash(asdict(written)),
         pictures=f"{encoder.vision.facts} {encoder.max_image_size}",
         backend="pil",
+        frames={key: getattr(encoder.frames.media, key) for key in CLIP_KEYS} | {"gap": encoder.frames.gap},
         processor=json.loads(json.dumps({k: v for k, v in told.items() if v is not None}, default=dict)),
     )
 

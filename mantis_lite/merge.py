@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +18,10 @@ import torch
 
 from .agreement import Agreement, compared, logits_of
 from .card import write_card
-from .contract import Contract, Target, contract_of_adapter, facts_of, versions
+from .contract import DTYPES, Contract, Target, Weighed, contract_of_adapter, facts_of, versions
 from .data.prepare import prepare
 from .data.sample import Image, Sample, Turn
-from .errors import CheckError, DiskError, RecipeError
+from .errors import CheckError, DataError, DiskError, RecipeError, one_line
 from .models.checkpoint import open_checkpoint
 from .models.load import working_dtype
 from .models.merging import Laid, combined, stand_in
@@ -53,9 +54,13 @@ class _Task:
     """What is merged: a trained adapter; it and others by weight, and how they are combined; what they are added to."""
 
     trained: Trained
-    adapters: list[tuple[str, float]]
+    parts: list[tuple[Trained, float]]
     combine: str
     base: Target
+
+    @property
+    def adapters(self) -> list[tuple[str, float]]:
+        return [(str(part.adapter), weight) for part, weight in self.parts]
 
 
 def merge(
@@ -78,42 +83,74 @@ def merge(
 
     Raises RecipeError, DiskError, and CheckError where they agree less than `least`; nothing is left behind then.
     """
-    trained = open_trained(source, overrides)
-    if trained.adapter is None:
-        raise RecipeError(f"{source}: is a model, with no adapter beside it\n  Name a run or an adapter.")
-    more = [(str(Path(name) / "adapter") if is_run(name) else name, share) for name, share in others]
-    task = _Task(trained, [(str(trained.adapter), weight), *more], combine, _target(trained, base))
-    folder = Path(to) if to else trained.adapter.parent / "merged"
-    if folder.exists():
-        raise RecipeError(f"--to: {folder} exists already\n  Name another folder, or remove it.")
-    _sweep(folder)
-    trained.require_base()
-    files = weight_files(trained.checkpoint)
+    task = _task(source, overrides, others, weight, combine, base)
+    folder = _folder(task.trained, to)
+    files = weight_files(task.trained.checkpoint)
     size = sum(file.stat().st_size for file in files)
     _require_room(folder, size)
-    how = _memory_for(size) if least is not None else None
+    looks = None if least is None else (_samples(task.trained), _memory_for(size))
     with written(folder, size) as beside:
-        laid = Laid(
-            stand_in(trained.head or trained.checkpoint.config, trained.head is not None),
-            trained.checkpoint.family,
-            task.adapters,
-            combine,
-            trained.recipe.quantized if task.base == "dequantized" else (),
-            _trained_in(trained),
-        )
-        _write_weights(laid, files, beside, watch)
-        _write_small_files(trained, laid, beside)
-        del laid
-        contract = _contract(task, beside)
-        contract.write(beside)
-        found = None if how is None else _compare(task, beside, *how)
-        if found and least and found.share < least:
-            raise CheckError(_disagreement(found, least, trained, task.base))
-        if found:
+        contract = _write(task, files, beside, watch)
+        found = None
+        if looks and least is not None:
+            found = _compare(task, beside, *looks)
+            if not found.share >= least:
+                raise CheckError(_disagreement(found, least, task))
             contract = contract.model_copy(update={"agreement": asdict(found)})
             contract.write(beside)
         write_card(beside, contract, folder.resolve().name)
     return Merged(folder, task.base, found)
+
+
+def _task(
+    source: str | Path,
+    overrides: Sequence[str],
+    others: Sequence[tuple[str, float]],
+    weight: float,
+    combine: str,
+    base: Target | None,
+) -> _Task:
+    """What is asked for, once it is clear that the adapters are of one kind and of this base. Raises RecipeError."""
+    trained = open_trained(source, overrides, 4 if base == "dequantized" else None)
+    if trained.adapter is None:
+        raise RecipeError(f"{source}: is a model, with no adapter beside it\n  Name a run or an adapter.")
+    trained.require_base()
+    parts = [(trained, weight), *((_alike(name, trained), share) for name, share in others)]
+    return _Task(trained, parts, combine, _target(trained, base))
+
+
+def _alike(name: str, trained: Trained) -> Trained:
+    """Another adapter, of the same base and trained alike. Raises RecipeError."""
+    model = trained.recipe.model
+    own = [f"model.name={model.name}", *([f"model.revision={model.revision}"] if model.revision else [])]
+    bits = 4 if trained.recipe.quantized and trained.contract is None else None
+    other = open_trained(name, [*own, *(["model.any_base=true"] if trained.any_base else [])], bits)
+    other.require_base()
+    for what in ("task", "quantized"):
+        if getattr(other.recipe, what) != getattr(trained.recipe, what):
+            found = f"{getattr(other.recipe, what)}, and {trained.name} on {getattr(trained.recipe, what)}"
+            raise RecipeError(f"--with: {name} was trained on another {what}: {found}\n  Combine what is alike.")
+    if other.contract and trained.contract and other.contract.facts != trained.contract.facts:
+        found = f"{name} was trained on other prompts or pictures than {trained.name}"
+        raise RecipeError(f"--with: {found}\n  Combine what was trained in one template, with the same processor.")
+    return other
+
+
+def _folder(trained: Trained, to: str | Path | None) -> Path:
+    """Where the merged model goes, cleared of what a merge that was killed has left. Raises RecipeError, DiskError."""
+    assert trained.adapter is not None
+    if to is None and not Path(trained.name).exists():
+        raise RecipeError(f"--to: {trained.name} is on the hub, and no folder here\n  Name a folder: --to merged.")
+    folder = Path(to) if to else trained.adapter.parent / "merged"
+    if folder.exists():
+        raise RecipeError(f"--to: {folder} exists already\n  Name another folder, or remove it.")
+    if not folder.absolute().parent.is_dir():
+        raise RecipeError(f"--to: there is no folder {folder.parent}\n  Make it, or name another.")
+    for left in folder.absolute().parent.iterdir():
+        killed = re.fullmatch(rf"{re.escape(folder.name + UNFINISHED)}(\d+)", left.name)
+        if killed and left.is_dir() and not psutil.pid_exists(int(killed[1])):
+            shutil.rmtree(left)
+    return folder
 
 
 def _target(trained: Trained, base: Target | None) -> Target:
@@ -122,26 +159,19 @@ def _target(trained: Trained, base: Target | None) -> Target:
             f"{trained.checkpoint.name}: is saved in few bits, into which nothing can be merged\n"
             "  Set model to the original in 16 bits."
         )
-    if base == "dequantized" and not trained.recipe.quantized:
+    if base == "dequantized" and trained.contract and not trained.contract.quantized:
         raise RecipeError("--base: dequantized, but the adapter was trained on no weight in 4 bits\n  Leave it out.")
     return base or ("dequantized" if trained.recipe.quantized else "full")
 
 
-def _sweep(folder: Path) -> None:
-    """Clear away what a merge into this folder was writing that was killed."""
-    for left in folder.parent.glob(f"{folder.name}{UNFINISHED}*"):
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
-            shutil.rmtree(left)
-
-
-def _trained_in(trained: Trained) -> torch.dtype:
+def _trained_in(contract: Contract | None) -> torch.dtype:
     """What weights were in before they were packed into 4 bits."""
-    return getattr(torch, trained.contract.dtype) if trained.contract else working_dtype()
+    known: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
+    return known.get(contract.dtype, working_dtype()) if contract else working_dtype()
 
 
 def _require_room(folder: Path, size: int) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(folder.absolute().parent).free
     if size * 1.01 > free:
         sizes = f"the merged model takes about {size / 1e9:,.2f} GB, and {free / 1e9:,.2f} are free"
         raise DiskError(f"--to: {sizes} on the disk of {folder.parent}\n  Free some, or name a folder on another disk.")
@@ -163,13 +193,31 @@ def _memory_for(size: int) -> tuple[torch.dtype, str]:
     )
 
 
+def _write(task: _Task, files: list[Path], folder: Path, watch: Callable[[list[Path]], Iterable[Path]]) -> Contract:
+    """Write the merged model; returns its contract, which lies beside it."""
+    trained = task.trained
+    laid = Laid(
+        stand_in(trained.head or trained.checkpoint.config, trained.head is not None),
+        trained.checkpoint.family,
+        task.adapters,
+        task.combine,
+        trained.recipe.quantized if task.base == "dequantized" else (),
+        _trained_in(trained.contract),
+    )
+    _write_weights(laid, files, folder, watch)
+    _write_small_files(trained, laid, folder)
+    contract = _contract(task, folder)
+    contract.write(folder)
+    return contract
+
+
 def _write_weights(laid: Laid, files: list[Path], folder: Path, watch: Callable[[list[Path]], Iterable[Path]]) -> None:
     """Write the files of weights, each with the adapter in it, and their index where there are several."""
     places: dict[str, str] = {}
     size = 0
     for file in watch(files):
         tensors = chain(laid.merged(file), laid.new() if file == files[-1] else ())
-        sizes = write_tensors(folder / file.name, tensors, room_for_names(file) + ROOM)
+        sizes = write_tensors(folder / file.name, tensors, 2 * room_for_names(file) + ROOM)
         places |= dict.fromkeys(sizes, file.name)
         size += sum(sizes.values())
     if len(files) > 1:
@@ -201,8 +249,9 @@ def _write_small_files(trained: Trained, laid: Laid, folder: Path) -> None:
 def _changed(published: dict[str, Any], laid: Laid) -> dict[str, Any]:
     """The base's config, with the words that the adapter brought, and embeddings apart where it has parted them."""
     config = json.loads(json.dumps(published))
+    words = config.get("text_config", config).get("vocab_size", laid.rows)
     for section in [config, *[config[key] for key in ("text_config",) if isinstance(config.get(key), dict)]]:
-        if "vocab_size" in section and laid.rows > section["vocab_size"]:
+        if laid.rows != words:
             section["vocab_size"] = laid.rows
         if laid.untied:
             section["tie_word_embeddings"] = False
@@ -210,19 +259,23 @@ def _changed(published: dict[str, Any], laid: Laid) -> dict[str, Any]:
 
 
 def _contract(task: _Task, folder: Path) -> Contract:
-    trained = task.trained
-    before = trained.contract or contract_of_adapter(
-        trained.recipe, trained.checkpoint, trained.encoder, trained.folder
-    )
     merged = open_checkpoint(ModelRecipe(name=str(folder)))
     now: dict[str, Any] = {"kind": "merged", "merged": task.base, "quantized": [], "versions": versions()}
-    return before.model_copy(update=now | {"facts": facts_of(merged, merged.encoder(task.trained.recipe))})
+    if len(task.parts) > 1 or task.parts[0][1] != 1:
+        parts = [Weighed(run=_contract_of(part).run, weight=weight) for part, weight in task.parts]
+        now |= {"combined": parts, "combine": task.combine}
+    now |= {"facts": facts_of(merged, merged.encoder(task.trained.recipe))}
+    return _contract_of(task.trained).model_copy(update=now)
 
 
-def _compare(task: _Task, folder: Path, dtype: torch.dtype, device: str) -> Agreement:
-    """Run the adapter on its base, then the merged model, on the same rows. Raises RecipeError, SampleError."""
+def _contract_of(own: Trained) -> Contract:
+    return own.contract or contract_of_adapter(own.recipe, own.checkpoint, own.encoder, own.folder)
+
+
+def _compare(task: _Task, folder: Path, shown: tuple[list[Sample], str], machine: tuple[torch.dtype, str]) -> Agreement:
+    """Run the adapter on its base, then the merged model, on the same rows. Raises CheckError, SampleError."""
     trained, encoder = task.trained, task.trained.encoder
-    samples, rows = _samples(trained)
+    (samples, rows), (dtype, device) = shown, machine
     lay = partial(combined, adapters=task.adapters, combine=task.combine)
     first = trained.load(dtype, device, lambda model: lay(model)[0])
     one = logits_of(first, encoder, samples)
@@ -239,7 +292,11 @@ def _samples(trained: Trained) -> tuple[list[Sample], str]:
     if is_run(trained.name) or is_run(Path(trained.name).parent):
         recipe = trained.recipe
         head = recipe.head if recipe.task == "classify" else None
-        prepared = prepare(recipe.data, recipe.packing, trained.encoder, task=recipe.task, head=head)
+        try:
+            prepared = prepare(recipe.data, recipe.packing, trained.encoder, task=recipe.task, head=head)
+        except DataError as error:
+            remedy = "Add data=FILE, where they are now; or --no-check, which compares nothing."
+            raise RecipeError(f"merge: the rows to compare on cannot be read: {one_line(error)}\n  {remedy}") from None
         rows = prepared.train if prepared.held_out is None else prepared.held_out
         which = "rows of training" if prepared.held_out is None else "held-out rows"
         found = [rows[at] for at in range(0, len(rows), max(1, len(rows) // ROWS))][:ROWS]
@@ -255,9 +312,9 @@ def _drawn(number: int, answered: bool) -> Sample:
     return Sample(f"drawn:{number}", None, (asked, *answer))
 
 
-def _disagreement(found: Agreement, least: float, trained: Trained, base: Target) -> str:
+def _disagreement(found: Agreement, least: float, task: _Task) -> str:
     remedy = "Its numbers may be too fine for the base's precision; --least lets it pass."
-    if trained.recipe.quantized and base == "full":
+    if task.trained.recipe.quantized and task.base == "full":
         remedy = "The adapter was trained on weights in 4 bits: --base dequantized adds it to those."
     return (
         f"merge: the merged model chooses as the adapter does at {found.share:.2%} of {found.positions:,} positions of "

@@ -100,12 +100,12 @@ def push(
         if head is None:
             api.create_repo(repo, private=not public)
             head = api.model_info(repo)
-        elif bool(head.private) == public:
-            notices.append(
-                f"{repo} is {'private' if head.private else 'public'} and stays so: its settings change that"
-            )
+        elif head.private and public:
+            notices.append(f"{repo} is private and stays so: its settings change that")
         if not (create_pr or update):
             _refuse_others(api, head, trained.contract)
+        if not (head.private or public):
+            raise RecipeError(f"{repo}: is there already, for all to see\n  Add --public, or name another.")
         done = _commit(api, head, files, trained.contract, create_pr)
     return replace(found, commit=done.pr_url or done.commit_url)
 
@@ -269,7 +269,7 @@ def _refuse_others(api: HfApi, head: ModelInfo, contract: Contract) -> None:
             there = read_contract(Path(file).parent)
         except RecipeError:  # of another version, or none of ours
             there = None
-    if there is None or (there.run, there.kind) != (contract.run, contract.kind):
+    if there is None or there.made != contract.made:
         holds = f"the {there.kind} of run {there.run}" if there else f"{len(names)} files that no run of yours made"
         raise RecipeError(
             f"{head.id}: is there already, with {holds}\n"

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from . import tiny
 from .contract import NAME, Contract, read_contract
 from .data.encode import Encoder
-from .errors import RecipeError
+from .errors import RecipeError, one_line
 from .models.adapter_config import read_settings
 from .models.adapters import find_adapter, load_adapter, resized
 from .models.checkpoint import Checkpoint, find_folder, has_head, open_checkpoint, read_tokenizer
@@ -23,9 +23,12 @@ from .models.small_files import read_small
 from .models.upstream import CONFIG
 from .plain_clients import stops
 from .recipe import ModelRecipe, Recipe, load_recipe, make_recipe
+from .yaml_text import load_yaml
 
 RECIPE = "recipe.yaml"
-ANY_BASE = "model.any_base=true"
+ANY_BASE = "model.any_base"
+TAKEN = ("model", "data", "packing", "media", "memory", "prompt", "head.labels", "head.problem")
+"""What of a recipe means anything once it has been trained by."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files of a tokenizer, which come with an adapter that has words of its own."""
 UNNAMED: dict[str, Any] = {"data": "none", "run_dir": "none", "method": "lora"}
@@ -93,15 +96,17 @@ def open_trained(name: str | Path, overrides: Sequence[str] = (), bits: int | No
     """
     if bits not in (None, 4, 16):
         raise RecipeError(f"bits: expected 4 or 16, found {bits}\n  Leave it out to take those of training.")
-    any_base = ANY_BASE in overrides
-    folder, recipe = _found(str(name), [override for override in overrides if override != ANY_BASE])
+    _refuse_ineffective(overrides)
+    any_base = _says_any_base(overrides)
+    folder, recipe = _found(str(name), [word for word in overrides if word.partition("=")[0] != ANY_BASE])
     contract = read_contract(folder)
     adapter = folder if (folder / CONFIG).is_file() else None
     if adapter is None:
-        itself = recipe.model if contract is None and not is_run(name) else _itself(str(name), folder)
+        itself = recipe.model if contract is None and not is_run(name) else _itself(str(name), folder, overrides)
         recipe = recipe.model_copy(update={"model": itself})
+        _refuse_a_base(str(name), overrides)
         bits = bits or 16
-    recipe = _in_bits(recipe, bits)
+    quantized, recipe = recipe.quantized, _in_bits(recipe, bits)
     if adapter and "/" not in (base := recipe.model.name) and base != "tiny" and not Path(base).is_dir():
         raise RecipeError(
             f"{name}: was trained on a folder called {base or '(nothing)'}\n  Add model=FOLDER, where it is."
@@ -115,6 +120,7 @@ def open_trained(name: str | Path, overrides: Sequence[str] = (), bits: int | No
     head, recipe = _head(str(name), recipe, checkpoint, adapter)
     found = Trained(str(name), recipe, checkpoint, adapter, contract, head, any_base)
     if contract:
+        contract.refuse_contradictions(str(name), adapter is not None, recipe, quantized)
         contract.refuse_others(str(name), checkpoint, found.encoder)
     return found
 
@@ -122,6 +128,27 @@ def open_trained(name: str | Path, overrides: Sequence[str] = (), bits: int | No
 def is_run(name: str | Path) -> bool:
     """Whether it is a run's folder."""
     return (Path(name) / RECIPE).is_file()
+
+
+def _refuse_ineffective(overrides: Sequence[str]) -> None:
+    for key in (override.partition("=")[0] for override in overrides):
+        if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKEN):
+            remedy = f"Set only {', '.join(TAKEN)}: the rest is as it was trained."
+            raise RecipeError(f"{key}: has no effect on what is trained already\n  {remedy}")
+
+
+def _refuse_a_base(name: str, overrides: Sequence[str]) -> None:
+    """A model is its own base; of one on the hub, there may be several revisions."""
+    for key in (override.partition("=")[0] for override in overrides):
+        if key in ("model", "model.name") or (key == "model.revision" and Path(name).exists()):
+            raise RecipeError(f"{key}: has no effect on {name}, a model with no adapter beside it\n  Leave it out.")
+
+
+def _says_any_base(overrides: Sequence[str]) -> bool:
+    said = [load_yaml(text) for key, _, text in (word.partition("=") for word in overrides) if key == ANY_BASE]
+    if any(not isinstance(value, bool) for value in said):
+        raise RecipeError(f"{ANY_BASE}: expected true or false, found {said[-1]!r}")
+    return bool(said and said[-1])
 
 
 def _found(name: str, overrides: Sequence[str]) -> tuple[Path, Recipe]:
@@ -137,10 +164,16 @@ def _found(name: str, overrides: Sequence[str]) -> tuple[Path, Recipe]:
         if not any((path / file).is_file() for file in (CONFIG, NAME)):
             raise RecipeError(f"{name}: a checkpoint of a full fine-tune\n  Train it to its end: mantis-lite train.")
         return path, load_recipe(path.parent / RECIPE, overrides)
-    folder = tiny.CHECKPOINT if name == "tiny" else find_folder("model", name, None, [CONFIG, NAME, "config.json"])
+    folder = tiny.CHECKPOINT if name == "tiny" else _small_files(name, overrides)
     contract, settings = read_contract(folder), dict(UNNAMED)
     if contract:
         settings = contract.recipe | {"run_dir": "none"}
+        try:
+            make_recipe(settings)
+        except RecipeError as error:
+            found = one_line(error)
+            remedy = "Take it as it was written, or a newer mantis_lite."
+            raise RecipeError(f"{folder / NAME}: its recipe cannot be used: {found}\n  {remedy}") from None
     elif (folder / CONFIG).is_file():
         adapter = read_settings(folder / CONFIG)
         base = {"name": adapter.get("base_model_name_or_path") or "", "revision": adapter.get("revision")}
@@ -153,9 +186,25 @@ def _found(name: str, overrides: Sequence[str]) -> tuple[Path, Recipe]:
     return folder, make_recipe(settings, overrides, name)
 
 
-def _itself(name: str, folder: Path) -> ModelRecipe:
+def _small_files(name: str, overrides: Sequence[str]) -> Path:
+    """What tells an adapter from a model, here or on the hub; of a model, at the revision that is asked for."""
+    wanted = [CONFIG, NAME, "config.json"]
+    folder = find_folder("model", name, None, wanted)
+    revision = _revision(overrides)
+    if revision and not Path(name).is_dir() and not (folder / CONFIG).is_file():
+        folder = find_folder("model", name, revision, wanted)
+    return folder
+
+
+def _revision(overrides: Sequence[str]) -> str | None:
+    return next((text for key, _, text in (w.partition("=") for w in overrides) if key == "model.revision"), None)
+
+
+def _itself(name: str, folder: Path, overrides: Sequence[str]) -> ModelRecipe:
     """A model that was trained, as what is to be opened; its recipe names the base it came from."""
-    return ModelRecipe(name=str(folder) if Path(name).exists() else name)
+    if Path(name).exists():
+        return ModelRecipe(name=str(folder))
+    return ModelRecipe(name=name, revision=_revision(overrides))
 
 
 def _in_bits(recipe: Recipe, bits: int | None) -> Recipe:

@@ -143,7 +143,6 @@ def test_a_4_bit_adapter_on_the_full_base_says_otherwise(run_of, tmp_path):
 def test_chat_says_the_same_before_and_after(run_of, tmp_path):
     run = run_of("llava")
     merge(run, tmp_path / "merged")
-    asked = [{"text": "What is <image> next to <image>?", "images": [picture]} for picture in ()]
     asked = [{"text": f"what is number {at}?"} for at in range(3)]
     before, after = MantisChat(run), MantisChat(tmp_path / "merged")
     assert before.generate(asked, max_new_tokens=12) == after.generate(asked, max_new_tokens=12)
@@ -241,6 +240,9 @@ def test_several_adapters_by_weight(folder_of, tmp_path):
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
     expected = model.merge_and_unload().state_dict()
     assert all(torch.allclose(plain[key], expected[key], atol=1e-6) for key in expected)
+    contract = read_contract(tmp_path / "merged")
+    assert [part.weight for part in contract.combined] == [0.5, 0.25] and contract.combine == "linear"
+    assert contract.made != read_contract(merge(one, tmp_path / "alone", None, [f"model={base}"]).folder).made
     with pytest.raises(RecipeError, match=r"cannot be combined by nonsense: .*\n  Try another --combine"):
         merge(one, tmp_path / "no", None, [f"model={base}"], [(str(two), 0.25)], 0.5, "nonsense")
 
@@ -250,6 +252,40 @@ def test_what_is_no_sum_of_adapters(run_of, tmp_path):
         merge(run_of("llava", "dora"), tmp_path / "merged", weight=0.5)
     with pytest.raises(RecipeError, match=r"is of lora.init=pissa, which is no sum"):
         merge(run_of("llava", "pissa"), tmp_path / "merged", weight=0.5)
+
+
+@pytest.mark.parametrize("combine", ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_every_way_of_combining(folder_of, tmp_path, combine):
+    base = folder_of("llava")
+    one, two = foreign(base, tmp_path / "one", **WORDS), foreign(base, tmp_path / "two", **WORDS)
+    found = merge(one, tmp_path / "merged", None, [f"model={base}"], [(str(two), 0.25)], 0.5, combine)
+    assert found.agreement.share == 1 and found.agreement.largest < 1e-3
+
+
+def test_others_are_of_the_same_base_and_trained_alike(run_of, folder_of, scored, tmp_path):
+    run = run_of("llava")
+    other = copied(run_of("llava", "qlora"), tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"--with: .* on another quantized: \['language_model'\], and"
+    ):
+        merge(run, tmp_path / "merged", others=[(str(other), 0.5)])
+    shutil.rmtree(other)
+    other = copied(run, tmp_path)
+    contract = json.loads((other / "adapter/mantis_lite.json").read_text())
+    contract["base"]["weights"] = "0" * 32
+    (other / "adapter/mantis_lite.json").write_text(json.dumps(contract))
+    with pytest.raises(RecipeError, match=r"copy: was trained on .*, and the weights of .* are others"):
+        merge(run, tmp_path / "merged", others=[(str(other), 0.5)])
+    with pytest.raises(RecipeError, match=r"another task: classify, and .* on chat\n  Combine what is alike"):
+        merge(run, tmp_path / "merged", others=[(str(scored("llava", "regression")[0]), 0.5)])
+    with pytest.raises(RecipeError, match=r"has no effect on .*, a model with no adapter beside it"):
+        merge(run, tmp_path / "merged", others=[(str(merge(run, tmp_path / "whole").folder), 0.5)])
+    with pytest.raises(RecipeError, match=r"the weight of .* is nan\n  Give a number"):
+        merge(run, tmp_path / "merged", weight=float("nan"))
+    with pytest.raises(RecipeError, match=r"has trained more than LoRA \(modules_to_save\), which is no sum"):
+        merge(run_of("llava", "projector"), tmp_path / "merged", weight=0.5)
+    with pytest.raises(RecipeError, match=r"has trained more than LoRA \(modules_to_save\)"):
+        merge(scored("llava", "regression")[0], tmp_path / "merged", weight=0.5)
 
 
 # What is refused, with nothing left behind.
@@ -275,6 +311,10 @@ def poisoned(run, base):
     spoilt(run / "adapter/adapter_model.safetensors", lambda t: next(iter(t.values())).fill_(float("nan")))
 
 
+def too_large(run, base):
+    spoilt(run / "adapter/adapter_model.safetensors", lambda t: [v.fill_(1e18) for v in t.values()])
+
+
 def half_missing(run, base):
     spoilt(run / "adapter/adapter_model.safetensors", lambda t: [t.pop(k) for k in sorted(t)[:2]])
 
@@ -291,6 +331,7 @@ def in_4_bits(run, base):
 REFUSED = {
     "matches nothing": (matches_nothing, r"does not fit this llava"),
     "poisoned": (poisoned, r"tensors of .* are not finite"),
+    "too large": (too_large, r"the adapter says what is no number|is not finite in the torch.float32 of the base"),
     "half is missing": (half_missing, r"are missing for this llava"),
     "another base": (another_base, r"was trained on .*, and the weights of base are others\n  Set model"),
     "a 4-bit target": (
@@ -306,7 +347,7 @@ def test_what_cannot_be_merged(run_of, folder_of, tmp_path, case):
     base = Path(shutil.copytree(folder_of("llava"), tmp_path / "base"))
     change, message = REFUSED[case]
     change(run, base)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(CheckError if case == "too large" else RecipeError, match=message):
         merge(run, tmp_path / "merged", overrides=[f"model={base}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "copy"]
 
@@ -316,6 +357,11 @@ def test_the_same_base_saved_another_way_may_be_named(run_of, folder_of, tmp_pat
     spoilt(base / "model.safetensors", lambda t: t.update({k: v.half() for k, v in t.items()}))
     with pytest.raises(RecipeError, match=r"model.any_base=true"):
         merge(run_of("llava"), tmp_path / "merged", overrides=[f"model={base}"])
+    for text in ("true", "True"):
+        own = [f"model={base}", f"model.any_base={text}"]
+        assert merge(run_of("llava"), tmp_path / text, overrides=own, least=0.5).agreement
+    with pytest.raises(RecipeError, match=r"model.any_base: expected true or false, found 'maybe'"):
+        merge(run_of("llava"), tmp_path / "merged", overrides=[f"model={base}", "model.any_base=maybe"])
 
 
 def test_what_is_no_adapter_and_what_is_there(run_of, folder_of, tmp_path):
@@ -325,6 +371,32 @@ def test_what_is_no_adapter_and_what_is_there(run_of, folder_of, tmp_path):
         merge(run_of("llava"), tmp_path)
     with pytest.raises(RecipeError, match=r"--base: dequantized, but the adapter was trained on no weight in 4 bits"):
         merge(run_of("llava"), tmp_path / "merged", base="dequantized")
+
+
+def test_rows_that_are_not_there_any_more(run_of, tmp_path):
+    run = copied(run_of("llava"), tmp_path)
+    recipe = (run / "recipe.yaml").read_text().replace("rows.jsonl", "gone.jsonl")
+    (run / "recipe.yaml").write_text(recipe)
+    with pytest.raises(RecipeError, match=r"the rows to compare on cannot be read: .*\n  Add data=FILE"):
+        merge(run, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    assert merge(run, tmp_path / "merged", least=None).agreement is None
+
+
+def test_where_a_merged_model_goes(run_of, tmp_path):
+    (tmp_path / "merged.tmp-notes").mkdir()
+    (tmp_path / "merged.tmp-99999999").write_text("mine")
+    assert merge(run_of("llava"), tmp_path / "merged", least=None).folder.is_dir()
+    assert (tmp_path / "merged.tmp-notes").is_dir() and (tmp_path / "merged.tmp-99999999").is_file()
+    with pytest.raises(RecipeError, match=r"--to: there is no folder .*none\n  Make it, or name another"):
+        merge(run_of("llava"), tmp_path / "none/merged")
+
+
+def test_settings_that_merging_does_not_go_by(run_of, tmp_path):
+    with pytest.raises(RecipeError, match=r"lora.r: has no effect on what is trained already\n  Set only model, data"):
+        merge(run_of("llava"), tmp_path / "merged", overrides=["lora.r=3"])
+    with pytest.raises(RecipeError, match=r"method: has no effect on what is trained already"):
+        merge(run_of("llava", "qlora"), tmp_path / "merged", overrides=["method=lora"])
 
 
 def test_a_full_disk(run_of, tmp_path, monkeypatch):

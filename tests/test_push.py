@@ -172,8 +172,8 @@ def test_what_was_pushed_is_not_sent_again(hub, trained):
 def test_public_where_asked(hub, trained):
     push(trained, "ann/adapter", public=True)
     assert hub.private == {"ann/adapter": False}
-    (notice,) = push(trained, "ann/adapter").notices
-    assert "is public and stays so" in notice
+    refused(lambda: push(trained, "ann/adapter"), "is there already, for all to see", "--public")
+    assert push(trained, "ann/adapter", public=True).notices == []
 
 
 def test_a_merged_model_in_shards(hub, merged):

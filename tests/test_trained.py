@@ -130,6 +130,7 @@ CHANGED = {
     "processor.image_mean": lambda c: c["facts"]["processor"].update(image_mean=[0.4] * 3),
     "pictures": lambda c: c["facts"].update(pictures="llava 576 577 None"),
     "backend": lambda c: c["facts"].update(backend="torchvision"),
+    "frames.fps": lambda c: c["facts"]["frames"].update(fps=2.0),
 }
 
 
@@ -138,6 +139,32 @@ def test_what_is_not_as_it_was_trained(run_of, folder_of, tmp_path, what):
     adapter = rewritten(alone(run_of(), tmp_path), CHANGED[what])
     with pytest.raises(RecipeError, match=rf"was trained with {what} .*, and here it is .*\n  Use it as it was"):
         open_trained(adapter, [f"model={folder_of('llava')}"])
+
+
+SAID_TWICE = {
+    "task": lambda c: c.update(task="video"),
+    "quantized": lambda c: c.update(quantized=["language_model"]),
+    "kind": lambda c: c.update(kind="model"),
+}
+
+
+@pytest.mark.parametrize("what", SAID_TWICE)
+def test_a_contract_that_contradicts_itself(run_of, folder_of, tmp_path, what):
+    adapter = rewritten(alone(run_of(), tmp_path), SAID_TWICE[what])
+    with pytest.raises(RecipeError, match=rf"says another {what} than its recipe or what lies beside it\n  Take the"):
+        open_trained(adapter, [f"model={folder_of('llava')}"])
+
+
+def test_settings_that_are_no_use_to_what_is_trained(run_of, folder_of, tmp_path):
+    run = run_of("idefics2", method="full")
+    for word in ("model=x", "model.name=x", "model.revision=x"):
+        with pytest.raises(
+            RecipeError, match=r"no effect on .*, a model with no adapter beside it\n  Leave it out"
+        ):
+            open_trained(run, [word])
+    for word in ("lora.r=3", "train.learning_rate=1", "method=full", "task=chat"):
+        with pytest.raises(RecipeError, match=r": has no effect on what is trained already\n  Set only model, data"):
+            open_trained(run_of(), [word])
 
 
 def test_settings_that_change_what_pictures_come_to(run_of):
@@ -167,12 +194,26 @@ def test_another_base_or_revision(run_of, folder_of, tmp_path):
         ("{", r"cannot be read: Expecting property name"),
         ("[]", r"cannot be read: it is a list, and no object"),
         ('{"format": 2}', r"cannot be read: format: input should be 1\n  Take it as it was written, or a newer"),
+        (None, r"cannot be read: no such file"),
     ],
 )
 def test_a_contract_that_cannot_be_read(run_of, tmp_path, content, message):
     adapter = alone(run_of(), tmp_path)
-    (adapter / NAME).write_text(content)
+    (adapter / NAME).unlink()
+    if content is None:
+        (adapter / NAME).symlink_to(tmp_path / "gone")
+    else:
+        (adapter / NAME).write_text(content)
     with pytest.raises(RecipeError, match=message):
+        open_trained(adapter)
+
+
+def test_a_recipe_that_cannot_be_used(run_of, tmp_path):
+    adapter = rewritten(alone(run_of(), tmp_path), lambda c: c["recipe"].update(newer=1))
+    with pytest.raises(RecipeError, match=r"mantis_lite.json: its recipe cannot be used: newer: no such key"):
+        open_trained(adapter)
+    rewritten(adapter, lambda c: c.update(run="x" + "0" * 16))
+    with pytest.raises(RecipeError, match=r"mantis_lite.json: cannot be read: run: string should match pattern"):
         open_trained(adapter)
 
 

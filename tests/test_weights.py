@@ -22,8 +22,16 @@ def test_what_is_written_one_at_a_time_is_read_by_safetensors(tmp_path):
     with safe_open(tmp_path / "ours.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert room_for_names(tmp_path / "ours.safetensors") == 4008
-    with pytest.raises(AssertionError, match="bytes of names and places, and room for 8"):
+    with pytest.raises(RuntimeError, match="bytes of names and places, and room for 8"):
         write_tensors(tmp_path / "small.safetensors", tensors.items(), 8)
+
+
+def test_names_of_many_tensors_have_room(tmp_path):
+    """As many as a large model has in one file, which other writers name as briefly as can be."""
+    tensors = {f"model.language_model.layers.{at}.self_attn.q_proj.weight": torch.zeros(1) for at in range(2000)}
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    write_tensors(tmp_path / "ours.safetensors", tensors.items(), room_for_names(tmp_path / "theirs.safetensors"))
+    assert load_file(tmp_path / "ours.safetensors").keys() == tensors.keys()
 
 
 def test_a_fingerprint_is_of_the_numbers_and_not_of_the_files(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,13 @@ class Laid:
             return value.to(own.dtype)
         self.left.discard(owner)
         layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
-        return self._added(layer, value.float()).to(own.dtype)
+        found = self._added(layer, value.float()).to(own.dtype)
+        if not found.isfinite().all():
+            raise RecipeError(
+                f"merge: {name} is not finite in the {own.dtype} of the base\n"
+                "  The adapter's numbers are too large: its training diverged. Take an earlier checkpoint."
+            )
+        return found
 
     def _added(self, layer: Any, value: Tensor) -> Tensor:
         """A layer's weight with its adapter in it, as PEFT merges it: once, in float32."""
@@ -177,7 +184,9 @@ class Laid:
 
     def _published(self, name: str) -> str:
         """How a name of the loaded model is published in this family."""
-        return next(key for key in (name, f"language_model.{name}") if self.rename(key) == name)
+        found = [key for key in (name, f"language_model.{name}") if self.rename(key) == name]
+        assert found, name
+        return found[0]
 
 
 def combined(
@@ -195,19 +204,36 @@ def combined(
     weights = [weight for _, weight in adapters]
     if weights == [1.0]:
         return model, ALONE
-    for folder, _ in adapters:
-        settings = read_settings(Path(folder) / CONFIG)
-        if settings.get("use_dora") or settings.get("init_lora_weights") in OF_THE_BASE:
-            kind = "DoRA" if settings.get("use_dora") else f"lora.init={settings['init_lora_weights']}"
-            raise RecipeError(f"merge: {folder} is of {kind}, which is no sum of adapters\n  Merge it alone.")
+    for folder, weight in adapters:
+        if what := _no_sum(read_settings(Path(folder) / CONFIG)):
+            raise RecipeError(
+                f"merge: {folder} {what}, which is no sum of adapters\n  Merge it alone, with a weight of 1."
+            )
+        if not isfinite(weight):
+            raise RecipeError(f"merge: the weight of {folder} is {weight}\n  Give a number, as 0.5.")
+    how: dict[str, Any] = {"combination_type": combine, "density": DENSITY.get(combine)}
     try:
-        model.add_weighted_adapter(names, weights, "combined", combination_type=combine, density=DENSITY.get(combine))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # some methods drop numbers at random: the same ones whenever it is done
+            model.add_weighted_adapter(names, weights, "combined", **how)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise RecipeError(
             f"merge: cannot be combined by {combine}: {one_line(error)}\n  Try another --combine."
         ) from None
     model.set_adapter("combined")
     return model, "combined"
+
+
+def _no_sum(settings: Mapping[str, Any]) -> str | None:
+    """What of an adapter cannot be added to another's, of which PEFT would make nothing or something else."""
+    if settings.get("use_dora"):
+        return "is of DoRA"
+    if settings.get("init_lora_weights") in OF_THE_BASE:
+        return f"is of lora.init={settings['init_lora_weights']}"
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if settings.get(key):
+            return f"has trained more than LoRA ({key})"
+    return None
 
 
 DENSITY = dict.fromkeys(("ties", "dare_ties", "dare_linear", "magnitude_prune"), 0.5)

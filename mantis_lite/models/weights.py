@@ -84,8 +84,9 @@ def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], room: int) 
             header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
             sizes[name] = tensor.nbytes
             end += tensor.nbytes
-        text = json.dumps(header).encode()
-        assert len(text) <= room, f"{len(text)} bytes of names and places, and room for {room}"
+        text = json.dumps(header, separators=(",", ":")).encode()
+        if len(text) > room:  # and so over the first tensor
+            raise RuntimeError(f"{len(text)} bytes of names and places, and room for {room}")
         opened.seek(0)
         opened.write(struct.pack("<Q", room) + text.ljust(room))
     return sizes

@@ -153,7 +153,7 @@ class Run(Plan):
             self.checkpoint,
             facts_of(used, used.encoder(self.recipe)),
             self.prepared,
-            str(working_dtype()).removeprefix("torch."),
+            working_dtype(),
             {name: value for name, value in kept.items() if isinstance(value, int | float | None)},
         )
 
