@@ -189,7 +189,7 @@ def _memory_for(size: int) -> tuple[torch.dtype, str]:
     sizes = f"the whole model takes {1.2 * size / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free"
     raise RecipeError(
         f"merge: to compare the merged model with the adapter, {sizes}\n"
-        "  Merge where there is more memory; or with --no-check, which needs one file of weights at a time."
+        "  Merge where there is more memory; or with --no-check, which holds a tensor at a time."
     )
 
 
