@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from .data.columns import Fault
 from .data.encode import Encoder
+from .data.paths import MediaFolder
 from .data.sample import Image, Sample, Turn, Video
-from .data.schema import user_turn
+from .data.schema import parse, user_turn
 from .errors import RecipeError, SampleError
 from .files import write_whole
-from .generate import answers, generate, refuse_long, text_of
+from .generate import GREEDY, answers, checked, generate, refuse_long, text_of
 from .trained import Trained, open_trained
 
 FRAMES = 8
@@ -58,6 +59,7 @@ class MantisChat:
         self.trained: Trained = open_trained(source, overrides, bits)
         if self.trained.head is not None:
             raise RecipeError(f"{source}: scores, and does not answer\n  mantis-lite predict {source} data=new.json")
+        self.system = system
         self.encoder: Encoder = _for_chat(self.trained.encoder, system)
         self.model: PreTrainedModel = self.trained.load()
         self.turns: list[Turn] = []
@@ -78,7 +80,8 @@ class MantisChat:
         """The answer to the next turn; both stay in the history.
 
         "<image>" and "<video>" in the text say where pictures and clips go, else they come first. `sampling` holds
-        temperature, top_p and the like; without it the answer is the same each time. Raises SampleError.
+        temperature, top_p, top_k, repetition_penalty and seed; unless one of the first three asks for draws, the answer
+        is the same each time. Raises SampleError, RecipeError.
         """
         return "".join(self.stream(text, images, videos, max_new_tokens, **sampling))
 
@@ -109,7 +112,7 @@ class MantisChat:
     def generate(self, prompts: Sequence[dict[str, Any]], max_new_tokens: int = 512, **sampling: Any) -> list[str]:
         """Answers to prompts that have nothing to do with each other, or the history, in one batch.
 
-        Each is {"text": ..., "images": [...], "videos": [...]}. Raises SampleError.
+        Each is {"text": ..., "images": [...], "videos": [...]}. Raises SampleError, RecipeError.
         """
         samples = [
             Sample(f"prompt {at}", None, (_turn(asked["text"], asked.get("images", ()), asked.get("videos", ()), at),))
@@ -134,23 +137,28 @@ class MantisChat:
         return found
 
     def save(self, file: str | Path) -> Path:
-        """Write the conversation as a row of chat data, with the paths of its pictures; raises SampleError, OSError.
+        """Write the conversation as a row of data, with the paths of its pictures; raises SampleError, OSError.
 
-        Pictures that were given as bytes have none.
+        Rows of `task=chat`, or where there are clips of `task=video`, are read as the turns that they were, after what
+        was given as `system`. Pictures that were given as bytes have no path.
         """
-        images = [image.source for turn in self.turns for image in turn.content if isinstance(image, Image)]
-        videos = [video.source for turn in self.turns for video in turn.content if isinstance(video, Video)]
-        if any(isinstance(source, bytes) for source in images):
-            raise SampleError("save", "a picture was given as bytes, and has no path", "Give pictures by their paths.")
-        row: dict[str, Any] = {"images": [str(Path(str(source)).resolve()) for source in images]}
-        if videos:
-            row["videos"] = [str(Path(str(source)).resolve()) for source in videos]
-        row["messages"] = [{"role": said["role"], "content": said["text"]} for said in self.history]
-        write_whole(Path(file), (json.dumps(row, ensure_ascii=False, indent=2) + "\n").encode())
+        if Path(file).exists():
+            raise SampleError(str(file), "exists already", "Name another file.")
+        turns = [*([Turn("system", (self.system,))] if self.system else []), *self.turns]
+        sample = Sample("save", None, tuple(turns))
+        if sample.videos and any(isinstance(p, str) and "<video>" in p for turn in turns for p in turn.content):
+            found = 'a text has "<video>" in it, which in a row with clips is the place of one'
+            raise SampleError("save", found, "Ask in other words, after /undo or /reset.")
+        row = {"messages": [{"role": turn.role, "content": list(map(_saved, turn.content))} for turn in turns]}
+        parse(row, "save", MediaFolder(outside=True), "video" if sample.videos else "chat")
+        # A name that is no UTF-8 has halves of characters for its bytes, which are JSON as escapes alone.
+        content = json.dumps(row, ensure_ascii=False, indent=2).encode(errors="backslashreplace")
+        write_whole(Path(file), content + b"\n")
         return Path(file)
 
     def _keep(self, asked: Turn, said: Sequence[str]) -> None:
-        self.turns += [asked, Turn("assistant", ("".join(said),))]
+        answer = "".join(said)
+        self.turns += [asked, Turn("assistant", (answer,) if answer else ())]
 
 
 @dataclass
@@ -174,9 +182,9 @@ def stream(
     sampling: dict[str, Any] | None = None,
     counts: Counts | None = None,
 ) -> Generator[str]:
-    """The answer to a sample's turns in pieces, as they come; letting go of it stops the model. Raises SampleError.
+    """The answer to a sample's turns in pieces, as they come; letting go of it stops the model.
 
-    `counts` is kept up to date meanwhile.
+    `counts` is kept up to date meanwhile. Raises SampleError, RecipeError.
     """
     prompt = encoder.encode_prompt(sample)
     refuse_long(model, sample, len(prompt), max_new_tokens)
@@ -233,10 +241,30 @@ def _turn(text: str, images: Sequence[Picture], videos: Sequence[str | Path], nu
         raise SampleError(f"turn {number}", fault.found, fault.remedy) from None
 
 
-def sampled(sampling: dict[str, Any]) -> dict[str, Any] | None:
-    """What is given of sampling, for transformers; a temperature of 0, or nothing, is no sampling at all."""
-    given = {key: value for key, value in sampling.items() if value is not None}
-    return {"do_sample": True, **given} if given.get("temperature", 1) and given.keys() - {"seed"} else None
+def sampled(sampling: dict[str, Any]) -> dict[str, Any]:
+    """What is given of sampling, for transformers; a temperature of 0, or none, draws nothing. Raises RecipeError."""
+    given = checked(sampling)
+    if given.get("temperature", 1) and given.keys() & {"temperature", "top_p", "top_k"}:
+        return {"do_sample": True, **given}
+    return GREEDY | {key: value for key, value in given.items() if key == "repetition_penalty"}
+
+
+def _saved(part: str | Image | Video) -> dict[str, Any]:
+    """A part of a turn as a row has it. Raises SampleError."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, Image):
+        return {"type": "image", "image": _path(part.source)}
+    source = part.source
+    clip = [_path(frame.source) for frame in source] if isinstance(source, tuple) else _path(source)
+    times = {key: at for key, at in (("start", part.start), ("end", part.end)) if at is not None}
+    return {"type": "video", "video": clip, **times}
+
+
+def _path(source: Path | bytes) -> str:
+    if isinstance(source, bytes):
+        raise SampleError("save", "a picture was given as bytes, and has no path", "Give pictures by their paths.")
+    return str(source.absolute())
 
 
 def _shown(turn: Turn) -> str:

@@ -19,7 +19,8 @@ from .data.encode import Encoder
 from .data.paths import MediaFolder
 from .data.sample import Sample
 from .data.schema import parse
-from .errors import MantisError
+from .errors import MantisError, RecipeError
+from .generate import checked
 
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls")
 """Fields that are taken, and say nothing of the answer."""
@@ -86,9 +87,10 @@ class Fields(BaseModel):
     messages: list[Any] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    # What these may be is `checked`, as MantisChat's own.
+    temperature: Any = None
+    top_p: Any = None
+    seed: Any = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: dict[str, bool | None] | None = None
@@ -120,8 +122,10 @@ def read_request(body: Any, name: str, limits: Limits, encoder: Encoder) -> Aske
     most = fields.max_completion_tokens or fields.max_tokens or min(512, limits.tokens)
     if most > limits.tokens:
         raise Refusal(f"max_tokens: {most:,}, and an answer may have {limits.tokens:,}\n  Ask for a shorter one.")
-    if fields.temperature and fields.temperature < 0.01:
-        raise Refusal(f"temperature: {fields.temperature:g} is too near to 0\n  Give 0, or 0.01 or more.")
+    try:
+        sampling = checked({"temperature": fields.temperature, "top_p": fields.top_p, "seed": fields.seed})
+    except RecipeError as error:
+        raise Refusal(str(error)) from None
     turns = [_turn(message, at) for at, message in enumerate(fields.messages, 1)]
     _refuse_many(turns, limits)
     clips = [part for part in _parts(turns) if part["type"] == "video_url"]
@@ -136,7 +140,7 @@ def read_request(body: Any, name: str, limits: Limits, encoder: Encoder) -> Aske
     return Asked(
         sample=sample,
         max_tokens=most,
-        sampling={"temperature": fields.temperature, "top_p": fields.top_p, "seed": fields.seed},
+        sampling=sampling,
         stops=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ()),
         stream=bool(fields.stream),
         usage=bool((fields.stream_options or {}).get("include_usage")),

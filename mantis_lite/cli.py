@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -168,9 +169,9 @@ def chat_command(
     bits: Bits = None,
     template: Template = None,
     system: Annotated[str | None, typer.Option(help="Say this first, in place of the template's own words.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Draw answers; 0 or none: the likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from so much of the likeliest.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="Draw answers, 0.01 to 2; 0: the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from so much of the likeliest, up to 1.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same draws each time.")] = None,
     web: Annotated[bool, typer.Option("--web", help="A page in the browser, on this machine alone.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
@@ -182,10 +183,12 @@ def chat_command(
 
         require_gradio()
     from .chat import MantisChat
+    from .generate import checked
     from .repl import Repl
 
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings = checked(given)  # before the weights are loaded, not after
     chat = MantisChat(model, bits, template, system, overrides or ())
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if web:
         from .web import show_page
 
@@ -199,7 +202,9 @@ def chat_command(
         return repl.ask(prompt)
     if sys.stdin.isatty() and not as_json:
         typer.echo(f"{model} in template {chat.encoder.template.name}; /help lists what can be typed")
-    repl.read(_typed_lines(repl))
+    code = repl.read(_typed_lines(repl))
+    if code and not sys.stdin.isatty():
+        raise typer.Exit(code)
 
 
 @app.command("merge")
@@ -477,6 +482,8 @@ def _weighed(word: str) -> tuple[str, float]:
 
 def _typed_lines(repl: Repl) -> Iterator[str]:
     """What is typed, line by line, to the end of the input; Ctrl-C forgets a line."""
+    if isinstance(sys.stdin, TextIOWrapper):  # what is no UTF-8 comes to halves of characters, which a turn refuses
+        sys.stdin.reconfigure(errors="surrogateescape")
     tty = sys.stdin.isatty()
     while True:
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,50 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .data.columns import short
 from .data.encode import Encoded, Encoder
 from .data.sample import Sample
-from .errors import SampleError
+from .errors import RecipeError, SampleError, did_you_mean
 from .models.load import placed
 
 GREEDY: dict[str, Any] = {"do_sample": False}
+
+
+class Setting(NamedTuple):
+    """What a setting of an answer may be, and the same in words."""
+
+    kind: type[int] | type[float]
+    holds: Callable[[Any], bool]
+    words: str
+
+
+SETTINGS = {
+    "max_new_tokens": Setting(int, lambda found: found >= 1, "a whole number of 1 or more"),
+    # Logits that are divided by far less are infinite, or no numbers at all, on the way to their softmax.
+    "temperature": Setting(float, lambda found: found == 0 or 0.01 <= found <= 2, "0, or a number from 0.01 to 2"),
+    "top_p": Setting(float, lambda found: 0 < found <= 1, "a number above 0, and 1 at most"),
+    "top_k": Setting(int, lambda found: found >= 1, "a whole number of 1 or more"),
+    "repetition_penalty": Setting(float, lambda found: 0.1 <= found <= 10, "a number from 0.1 to 10"),
+    "seed": Setting(int, lambda found: -(1 << 63) <= found < 1 << 63, "a whole number of 64 bits"),
+}
+"""All that may be said of how to answer: others of transformers' would change what is batched, watched or returned."""
+
+
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are given, and not None, as numbers that transformers takes. Raises RecipeError."""
+    given = {}
+    for name, found in settings.items():
+        if name not in SETTINGS:
+            remedy = f"Leave it out; the settings are {', '.join(SETTINGS)}."
+            raise RecipeError(f"{name}: no such setting{did_you_mean(name, SETTINGS)}\n  {remedy}")
+        kind, holds, words = SETTINGS[name]
+        if found is None:
+            continue
+        is_number = isinstance(found, Integral if kind is int else Real) and not isinstance(found, bool)
+        if not is_number or not holds(found):
+            raise RecipeError(f"{name}: cannot be {short(found)}\n  Give {words}.")
+        given[name] = kind(found)
+    return given
 
 
 def answer(model: PreTrainedModel, encoder: Encoder, sample: Sample, max_new_tokens: int = 512) -> str:
@@ -32,7 +71,10 @@ def answers(
     max_new_tokens: int = 512,
     sampling: dict[str, Any] | None = None,
 ) -> list[str]:
-    """The texts a model answers to each sample's turns, in one batch, without their end tokens. Raises SampleError."""
+    """The texts a model answers to each sample's turns, in one batch, without their end tokens.
+
+    Raises SampleError, RecipeError.
+    """
     encoded = [encoder.encode_prompt(sample) for sample in samples]
     for sample, found in zip(samples, encoded, strict=True):
         refuse_long(model, sample, len(found), max_new_tokens)
@@ -51,8 +93,8 @@ def generate(
 ) -> list[list[int]]:
     """The ids that go on from each of a batch of prompts, up to and without what ends them.
 
-    `sampling` holds temperature, top_p and the like of transformers' GenerationConfig, and a seed; without it the
-    likeliest token is taken. `watch` is told each new id of a single prompt, and stops by returning False.
+    `sampling` holds a seed, and what is said to transformers' GenerationConfig; without it the likeliest token is
+    taken. `watch` is told each new id of a single prompt, and stops by returning False.
     """
     assert watch is None or len(prompts) == 1
     batch = _padded(encoder, prompts)
@@ -81,7 +123,11 @@ def text_of(encoder: Encoder, ids: Sequence[int]) -> str:
 
 
 def refuse_long(model: PreTrainedModel, sample: Sample, tokens: int, max_new_tokens: int) -> None:
-    """Raise SampleError where a prompt and its answer would be longer than the model's positions."""
+    """Raise SampleError where a prompt and its answer would be longer than the model's positions.
+
+    RecipeError for an answer that has no length.
+    """
+    checked({"max_new_tokens": max_new_tokens})
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and tokens + max_new_tokens > most:
         found = (
@@ -119,12 +165,16 @@ class _Stopped(StoppingCriteria):
 
 
 def _padded(encoder: Encoder, prompts: Sequence[Encoded]) -> dict[str, Any]:
-    """The model's inputs: prompts (B, T) padded on the left, a mask of what is none, all pictures in their order."""
+    """The model's inputs: prompts (B, T) padded on the left, a mask of what is none, all pictures in their order.
+
+    Padding repeats a prompt's last token: a repetition penalty counts it, and counts that one anyway.
+    """
     longest = max(map(len, prompts))
     shape = len(prompts), longest
-    ids = np.full(shape, encoder.token_id(encoder.template.end), dtype=np.int64)
+    ids = np.zeros(shape, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
     for at, prompt in enumerate(prompts):
+        ids[at] = prompt.input_ids[-1]
         ids[at, longest - len(prompt) :] = prompt.input_ids
         mask[at, longest - len(prompt) :] = 1
     batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}

@@ -6,10 +6,11 @@ import json
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from .chat import MantisChat
-from .errors import MantisError
+from .errors import MantisError, RecipeError, did_you_mean
 
 HELP = """/image FILE...   pictures for the next turn; <image> in its text says where, else they come first
 /video FILE...   clips, the same
@@ -17,6 +18,8 @@ HELP = """/image FILE...   pictures for the next turn; <image> in its text says 
 /reset           forget everything
 /save FILE       write the conversation as a row of chat data
 /help, /quit"""
+
+COMMANDS = ("/image", "/video", "/undo", "/reset", "/save", "/help", "/quit", "/exit")
 
 
 @dataclass
@@ -40,55 +43,70 @@ class Repl:
         added = ", ".join(f"{count} {what}{'s' * (count > 1)}" for count, what in counts if count)
         return f"[{added}] > " if added else "> "
 
-    def read(self, lines: Iterable[str]) -> None:
-        """Take lines to their end, or to /quit; what is wrong with one is shown, and the next is read."""
+    def read(self, lines: Iterable[str]) -> int:
+        """Take lines to their end, or to /quit; what is wrong with one is shown, and the next is read.
+
+        The exit code of the first that something was wrong with, else 0.
+        """
+        code = 0
         for line in lines:
             if line.strip() in ("/quit", "/exit"):
-                return
+                break
             try:
                 self.take(line.strip())
             except (MantisError, OSError) as error:
                 self.show((json.dumps({"error": str(error)}) if self.as_json else str(error)) + "\n")
+                code = code or getattr(error, "exit_code", MantisError.exit_code)
             except KeyboardInterrupt:  # the answer so far stands
                 self.show("\n")
+        return code
 
     def take(self, line: str) -> None:
-        """Take one line: a command, or what is asked. Raises SampleError, OSError."""
+        """Take one line: a command, or what is asked. Raises RecipeError, SampleError, OSError."""
         if not line.startswith("/"):
             if line or self.images or self.videos:
                 self.ask(line)
             return
-        try:
-            command, *words = shlex.split(line)
-        except ValueError as error:
-            self.note(f"{line}: {error}; put names with quotes in them in quotes")
-            return
-        if command == "/image" and words:
-            self.images += words
-        elif command == "/video" and words:
-            self.videos += words
-        elif command == "/reset":
-            self.chat.reset()
-            self._forget()
-        elif command == "/undo":
-            if not self._forget() and not self.chat.undo():
-                self.note("nothing was said yet")
-        elif command == "/save" and len(words) == 1:
-            self.note(f"saved {self.chat.save(words[0])}")
-        else:
-            self.note(HELP)
+        match _words(line):
+            case ["/image", _, *_] as words:
+                self.images += words[1:]
+            case ["/video", _, *_] as words:
+                self.videos += words[1:]
+            case ["/reset"]:
+                self.chat.reset()
+                self._forget()
+            case ["/undo"]:
+                if not self._forget() and not self.chat.undo():
+                    self.note("nothing was said yet")
+            case ["/save", file]:
+                self.note(f"saved {self.chat.save(file)}")
+            case ["/help"]:
+                self.note(HELP)
+            case [command, *words]:
+                wrong = f"cannot be given {len(words)} names" if command in COMMANDS else "no such command"
+                near = "" if command in COMMANDS else did_you_mean(command, COMMANDS)
+                raise RecipeError(f"{command}: {wrong}{near}\n  /help lists what can be typed.")
 
     def ask(self, text: str) -> None:
-        """Show the answer to a text, with the pictures and clips that were added. Raises SampleError."""
-        added = (list(self.images), list(self.videos))
-        self._forget()
-        pieces = self.chat.stream(text, *added, **self.settings)
+        """Show the answer to a text, with the pictures and clips that were added. Raises RecipeError, SampleError.
+
+        What was added stays where there is no answer, as another line would be asked without it.
+        """
+        images, videos = added = self.images, self.videos
+        self.images, self.videos = [], []
+        pieces = self.chat.stream(text, images, videos, **self.settings)
+        try:
+            first = next(pieces, "")
+        except (MantisError, OSError):
+            self.images, self.videos = added
+            raise
+        answer = chain([first], pieces)
         if self.as_json:
-            answer = "".join(pieces)
-            line = {"prompt": text, "images": added[0], "videos": added[1], "answer": answer}
-            self.show(json.dumps(line, ensure_ascii=False) + "\n")
+            line = {"prompt": text, "images": images, "videos": videos, "answer": "".join(answer)}
+            # A name that is no UTF-8 has halves of characters for its bytes, which are JSON as escapes alone.
+            self.show(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n")
             return
-        for piece in pieces:
+        for piece in answer:
             self.show(piece)
         self.show("\n")
 
@@ -103,3 +121,10 @@ class Repl:
         self.images.clear()
         self.videos.clear()
         return found
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise RecipeError(f"{line}: {error}\n  Put names with quotes in them in quotes.") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 from .chat import MantisChat
 from .data.sample import Image, Turn, Video
-from .errors import RecipeError, SampleError
+from .errors import MantisError, RecipeError
 
 UPLOAD = 32 << 20
 """The largest file that is taken, in bytes."""
@@ -50,7 +50,7 @@ def page(chat: MantisChat, **settings: Any) -> Any:
                 for piece in own.stream(question["text"], images, videos, **settings):
                     answer += piece
                     yield None, own.turns, [*_messages(own), *asking, _by("assistant", answer)]
-            except SampleError as error:
+            except MantisError as error:
                 raise gradio.Error(str(error), print_exception=False) from None
             yield None, own.turns, _messages(own)
 

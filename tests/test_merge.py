@@ -265,9 +265,7 @@ def test_every_way_of_combining(folder_of, tmp_path, combine):
 def test_others_are_of_the_same_base_and_trained_alike(run_of, folder_of, scored, tmp_path):
     run = run_of("llava")
     other = copied(run_of("llava", "qlora"), tmp_path)
-    with pytest.raises(
-        RecipeError, match=r"--with: .* on another quantized: \['language_model'\], and"
-    ):
+    with pytest.raises(RecipeError, match=r"--with: .* on another quantized: \['language_model'\], and"):
         merge(run, tmp_path / "merged", others=[(str(other), 0.5)])
     shutil.rmtree(other)
     other = copied(run, tmp_path)

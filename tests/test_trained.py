@@ -158,9 +158,7 @@ def test_a_contract_that_contradicts_itself(run_of, folder_of, tmp_path, what):
 def test_settings_that_are_no_use_to_what_is_trained(run_of, folder_of, tmp_path):
     run = run_of("idefics2", method="full")
     for word in ("model=x", "model.name=x", "model.revision=x"):
-        with pytest.raises(
-            RecipeError, match=r"no effect on .*, a model with no adapter beside it\n  Leave it out"
-        ):
+        with pytest.raises(RecipeError, match=r"no effect on .*, a model with no adapter beside it\n  Leave it out"):
             open_trained(run, [word])
     for word in ("lora.r=3", "train.learning_rate=1", "method=full", "task=chat"):
         with pytest.raises(RecipeError, match=r": has no effect on what is trained already\n  Set only model, data"):

@@ -65,6 +65,7 @@ def user_turn(text: str, images: Sequence[Image] = (), videos: Sequence[Video] =
     given: _Media = {Mark.VIDEO: videos, Mark.IMAGE: images}
     turns: _Turns = [("user", _split(text, tuple(mark for mark in given if given[mark])))]
     (turn,) = _pair(turns, given)
+    _refuse_half_characters((turn,))
     return turn
 
 
