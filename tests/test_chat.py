@@ -468,6 +468,7 @@ def test_bytes_that_are_no_utf8_are_told_at_any_locale(llava_folder):
 EXAMPLES = {"llava": "llava", "idefics2": "idefics2", "fuyu": "fuyu", "smolvlm": "smolvlm", "qwen_vl": "qwen2_5_vl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_of_a_family(folder_of, monkeypatch, capsys, name):
     """As it stands, but for the model, which is a tiny one of its family."""

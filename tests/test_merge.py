@@ -94,7 +94,15 @@ def test_a_merged_model_is_its_adapter_on_its_base(run_of, family, tmp_path):
     assert "| of them, the same choice | 1 |" in (tmp_path / "merged/README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+QUICK = ("qlora", "dora", "projector")
+
+
+def some_slow(names, quick):
+    """All of them, most in the slow suite."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("kind", some_slow([kind for kind in KINDS if kind != "lora"], QUICK))
 def test_every_kind_of_adapter(run_of, tmp_path, kind):
     run = run_of("llava", kind)
     found = merge(run, tmp_path / "merged")
@@ -254,7 +262,10 @@ def test_what_is_no_sum_of_adapters(run_of, tmp_path):
         merge(run_of("llava", "pissa"), tmp_path / "merged", weight=0.5)
 
 
-@pytest.mark.parametrize("combine", ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+WAYS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+
+@pytest.mark.parametrize("combine", some_slow(WAYS, ("linear", "dare_linear")))
 def test_every_way_of_combining(folder_of, tmp_path, combine):
     base = folder_of("llava")
     one, two = foreign(base, tmp_path / "one", **WORDS), foreign(base, tmp_path / "two", **WORDS)
@@ -452,7 +463,7 @@ def scored(folder_of, tmp_path_factory):
         ("idefics2", "regression", "last_token", "lora"),
         ("llava", "single_label", "last_token", "qlora"),
         ("qwen2_vl", "multi_label", "special_tokens", "lora"),
-        ("smolvlm", "regression", "last_token", "lora"),
+        pytest.param("smolvlm", "regression", "last_token", "lora", marks=pytest.mark.slow),
     ],
 )
 def test_a_merged_head_scores_the_same(scored, tmp_path, kind, problem, score, method):
@@ -481,6 +492,7 @@ merging.merge(sys.argv[1], sys.argv[2], None, [f"model={sys.argv[3]}"])
 """
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_killed_leaves_no_model(run_of, folder_of, tmp_path):
     base = split(folder_of("llava"), tmp_path / "base")
     words = [run_of("llava"), tmp_path / "merged", base]
