@@ -458,6 +458,7 @@ def test_settings_of_the_command_are_those_of_the_chat(words):
     assert "cannot be" in str(found.exception)
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_utf8_are_told_at_any_locale(llava_folder):
     """Python is strict of what is typed in most locales, and lets it through as halves of characters in others."""
     words = [sys.executable, "-m", "mantis_lite", "chat", str(llava_folder), "--json", "--max-new-tokens", "1"]

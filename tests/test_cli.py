@@ -87,6 +87,7 @@ def test_a_bad_row_ends_in_3(data, llava_folder, tmp_path):
     assert done.stderr.startswith('SampleError: bad.jsonl:1 (id "a"): "messages" is empty')
 
 
+@pytest.mark.slow
 def test_train_leaves_everything_in_the_run_directory(data, llava_folder, tmp_path):
     settings = [f"data={data}", f"model={llava_folder}", "method=lora", "packing.max_length=256", "run_dir=run"]
     steps = ["train.max_steps=2", "train.save_strategy=no", "train.samples_per_step=2"]

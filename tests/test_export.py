@@ -118,6 +118,7 @@ def test_the_template_of_training_is_the_only_one_that_it_sees(run_of, tmp_path)
     assert json.loads(file.read_text())["chat_template"] == "the hub's"
 
 
+@pytest.mark.slow
 def test_what_llama_cpp_does_otherwise_is_said(run_of, tmp_path):
     checkout = stand_in(tmp_path / "llama.cpp")
     (tokens,) = export(run_of("qwen3_vl"), tmp_path / "a", checkout).notices

@@ -411,6 +411,7 @@ for base, folder in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_adapters_need_no_mantis_lite(checkpoint_of, encoder_of, tmp_path):
     """A process with plain transformers and peft, and transformers' own layout of the pictures, gets our logits."""
     folders = []

@@ -192,6 +192,7 @@ def test_liger_is_an_extra(monkeypatch):
         chosen(["swiglu"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kernel"), [("llava", "rope"), ("qwen3_vl", "rope"), ("fuyu", "relu_squared")])
 def test_liger_computes_the_same_in_tritons_interpreter(folder_of, name, kernel):
     """Where it can: rotary positions and squared ReLU; the others' kernels need a GPU (tests/test_gpu.py)."""

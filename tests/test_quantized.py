@@ -168,6 +168,7 @@ print(max(most) - before, held() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_needs_little_more_than_the_model_in_4_bits(llava_folder, tmp_path):
     """The largest file of the checkpoint on top of it, however large the whole: 300 MB here, in files of 30."""

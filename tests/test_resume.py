@@ -89,13 +89,10 @@ def of_task(task: str, folder, tmp_path: Path) -> dict:
     return settings_of(folder, str(tmp_path / "rows.json"), **more)
 
 
-EVERY = [
-    pytest.param(task, workers, marks=[] if (task, workers) == ("full", 0) else pytest.mark.slow)
-    for task in ("chat", "full", "video", "classify")
-    for workers in (0, 2)
-]
+EVERY = [(task, workers) for task in ("chat", "full", "video", "classify") for workers in (0, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "workers"), EVERY)
 def test_a_run_killed_at_every_step_is_the_run_that_was_not(forks, llava_folder, tmp_path, task, workers):
     settings = of_task(task, llava_folder, tmp_path)
