@@ -108,7 +108,7 @@ def measured(
     run = prepared(place, family, words, model, data, WARM + steps, clock, gib)
     built, weights = time.perf_counter() - begun, card.held()
     card.limit(room(gib) if gib else None)
-    run.train()
+    run.walk()
     card.limit(None)
     if clock.profiler is not None:
         shown(clock)
@@ -153,7 +153,7 @@ def peaks_by_length(
     card.limit(limit)
     figures: dict[str, Any] = {"weights_gib": round(weights, 2)}
     try:
-        run.train()
+        run.walk()
     except OutOfMemory as error:
         figures["out_of_memory"] = str(error).splitlines()[0]
     card.limit(None)

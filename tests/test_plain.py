@@ -1,12 +1,15 @@
 """Trained, merged, and used where this package is not: transformers alone says the same, token for token."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub
+from families import FAMILIES
 from helpers import chat, picture, write_rows
 from safetensors.torch import save_file
 
@@ -17,6 +20,7 @@ from mantis_lite.generate import _padded, generate
 from mantis_lite.merge import merge
 from mantis_lite.models.load import placed
 from mantis_lite.recipe import make_recipe
+from mantis_lite.scoring import predict
 from mantis_lite.trained import open_trained
 from mantis_lite.training.run import train
 
@@ -155,3 +159,56 @@ def test_a_head_is_a_layer_on_the_backbone(alone, folder_of, family, tmp_path):
         expected = model(**placed(batch, model)).logits[0].tolist()
     save_file(inputs, tmp_path / "inputs.safetensors")
     assert alone("scores", tmp_path / "merged", tmp_path / "inputs.safetensors") == pytest.approx(expected, abs=1e-4)
+
+
+PUSHES = """
+import json, sys
+from mantis_lite.push import push
+for name, run in json.loads(sys.argv[1]).items():
+    push(run, name)
+"""
+ASKS = """
+import json, sys
+from mantis_lite.chat import MantisChat
+from mantis_lite.scoring import predict
+found = {}
+for name, (base, data) in json.loads(sys.argv[1]).items():
+    if data:
+        found[name] = predict(name, [f"data={data}", f"model={base}"]).logits.tolist()
+    else:
+        found[name] = MantisChat(name, overrides=[f"model={base}"])("What is it?", images=["1.png"], max_new_tokens=8)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_is_pushed_says_the_same_where_it_is_pulled(folder_of, tmp_path):
+    """Every family: LoRA, DoRA, QLoRA and a score head, pulled by a process that has the base and nothing else."""
+    (tmp_path / "1.png").write_bytes(picture(1))
+    rows = [{"images": ["1.png"], "prompt": f"<image> how good is {i}?", "label": float(i)} for i in range(4)]
+    (tmp_path / "scores.json").write_text(json.dumps(rows))
+    head = {"task": "classify", "method": "lora", "head": {"problem": "regression"}}
+    kinds = {"lora": METHODS["lora"], "dora": METHODS["dora"], "qlora": METHODS["qlora"]}
+    runs, asked, expected = {}, {}, {}
+    for family in FAMILIES:
+        for kind in (*kinds, "head"):
+            name, folder = f"ann/{family}-{kind}", tmp_path / f"{family}-{kind}"
+            folder.mkdir()
+            data = str(tmp_path / "scores.json") if kind == "head" else None
+            runs[name] = trained(folder_of(family), folder, **(head | {"data": data} if data else kinds[kind]))
+            asked[name] = (folder_of(family), data)
+            if data:
+                expected[name] = predict(runs[name], [f"data={data}"]).logits.tolist()
+            else:
+                expected[name] = MantisChat(runs[name])("What is it?", images=[tmp_path / "1.png"], max_new_tokens=8)
+    with FakeHub(tmp_path / "hub") as hub:
+        for code, words in ((PUSHES, runs), (ASKS, asked)):
+            home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / ("there" if code is ASKS else "here"))}
+            home["HF_ENDPOINT"] = hub.url
+            own = os.environ | home | {"HF_TOKEN": "hf_" + "a" * 30, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+            command = [sys.executable, "-c", code, json.dumps(words, default=str)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=own)
+            assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == expected and len(found) == 4 * len(FAMILIES)
