@@ -226,7 +226,7 @@ def merge_command(
     least: Annotated[float, typer.Option(min=0, max=1, help="At how many positions the two must agree.")] = 0.995,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the two to compare them.")] = False,
 ) -> None:
-    """Merge an adapter into its base, a file of weights at a time, and check that the two say the same."""
+    """Merge an adapter into its base, a tensor at a time, and check that the two say the same."""
     _prepare_process()
     from rich.console import Console
     from rich.progress import track

@@ -318,6 +318,6 @@ def _different(before: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
     for key in before:
         one, other = before[key], now.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            yield from _different(one, other, f"{key}.")
+            yield from _different(one, other, f"{prefix}{key}.")
         elif one != other:
             yield prefix + key, one, other

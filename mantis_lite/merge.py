@@ -1,4 +1,4 @@
-"""An adapter and its base -> one model in the base's published layout, a file of weights at a time; and checked."""
+"""An adapter and its base -> one model in the base's published layout, a tensor at a time; and checked."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _changed(published: dict[str, Any], laid: Laid) -> dict[str, Any]:
     """The base's config, with the words that the adapter brought, and embeddings apart where it has parted them."""
     config = json.loads(json.dumps(published))
     words = config.get("text_config", config).get("vocab_size", laid.rows)
-    for section in [config, *[config[key] for key in ("text_config",) if isinstance(config.get(key), dict)]]:
+    for section in [config, *([config["text_config"]] if "text_config" in config else [])]:
         if laid.rows != words:
             section["vocab_size"] = laid.rows
         if laid.untied:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .recipe import ModelRecipe, Recipe, load_recipe, make_recipe
 from .yaml_text import load_yaml
 
 RECIPE = "recipe.yaml"
-ANY_BASE = "model.any_base"
+ANY_BASE, REVISION = "model.any_base", "model.revision"
 TAKEN = ("model", "data", "packing", "media", "memory", "prompt", "head.labels", "head.problem")
 """What of a recipe means anything once it has been trained by."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -57,7 +58,7 @@ class Trained:
         """Where what was trained lies."""
         return self.adapter or self.checkpoint.folder
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         return self.checkpoint.encoder(self.recipe)
 
@@ -96,15 +97,16 @@ def open_trained(name: str | Path, overrides: Sequence[str] = (), bits: int | No
     """
     if bits not in (None, 4, 16):
         raise RecipeError(f"bits: expected 4 or 16, found {bits}\n  Leave it out to take those of training.")
-    _refuse_ineffective(overrides)
-    any_base = _says_any_base(overrides)
-    folder, recipe = _found(str(name), [word for word in overrides if word.partition("=")[0] != ANY_BASE])
+    given = {key: text for key, _, text in (word.partition("=") for word in overrides)}
+    _refuse_ineffective(given)
+    any_base = _says_any_base(given)
+    folder, recipe = _found(str(name), [word for word in overrides if word.partition("=")[0] != ANY_BASE], given)
     contract = read_contract(folder)
     adapter = folder if (folder / CONFIG).is_file() else None
     if adapter is None:
-        itself = recipe.model if contract is None and not is_run(name) else _itself(str(name), folder, overrides)
+        itself = recipe.model if contract is None and not is_run(name) else _itself(str(name), folder, given)
         recipe = recipe.model_copy(update={"model": itself})
-        _refuse_a_base(str(name), overrides)
+        _refuse_a_base(str(name), given)
         bits = bits or 16
     quantized, recipe = recipe.quantized, _in_bits(recipe, bits)
     if adapter and "/" not in (base := recipe.model.name) and base != "tiny" and not Path(base).is_dir():
@@ -130,28 +132,28 @@ def is_run(name: str | Path) -> bool:
     return (Path(name) / RECIPE).is_file()
 
 
-def _refuse_ineffective(overrides: Sequence[str]) -> None:
-    for key in (override.partition("=")[0] for override in overrides):
+def _refuse_ineffective(given: Mapping[str, str]) -> None:
+    for key in given:
         if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKEN):
             remedy = f"Set only {', '.join(TAKEN)}: the rest is as it was trained."
             raise RecipeError(f"{key}: has no effect on what is trained already\n  {remedy}")
 
 
-def _refuse_a_base(name: str, overrides: Sequence[str]) -> None:
+def _refuse_a_base(name: str, given: Mapping[str, str]) -> None:
     """A model is its own base; of one on the hub, there may be several revisions."""
-    for key in (override.partition("=")[0] for override in overrides):
-        if key in ("model", "model.name") or (key == "model.revision" and Path(name).exists()):
+    for key in given:
+        if key in ("model", "model.name") or (key == REVISION and Path(name).exists()):
             raise RecipeError(f"{key}: has no effect on {name}, a model with no adapter beside it\n  Leave it out.")
 
 
-def _says_any_base(overrides: Sequence[str]) -> bool:
-    said = [load_yaml(text) for key, _, text in (word.partition("=") for word in overrides) if key == ANY_BASE]
-    if any(not isinstance(value, bool) for value in said):
-        raise RecipeError(f"{ANY_BASE}: expected true or false, found {said[-1]!r}")
-    return bool(said and said[-1])
+def _says_any_base(given: Mapping[str, str]) -> bool:
+    said = load_yaml(given.get(ANY_BASE, "false"))
+    if not isinstance(said, bool):
+        raise RecipeError(f"{ANY_BASE}: expected true or false, found {said!r}")
+    return said
 
 
-def _found(name: str, overrides: Sequence[str]) -> tuple[Path, Recipe]:
+def _found(name: str, overrides: Sequence[str], given: Mapping[str, str]) -> tuple[Path, Recipe]:
     """The folder of what was trained, and its recipe: a run's, its contract's, or what can be told without either."""
     path = Path(name)
     if is_run(path):
@@ -164,7 +166,7 @@ def _found(name: str, overrides: Sequence[str]) -> tuple[Path, Recipe]:
         if not any((path / file).is_file() for file in (CONFIG, NAME)):
             raise RecipeError(f"{name}: a checkpoint of a full fine-tune\n  Train it to its end: mantis-lite train.")
         return path, load_recipe(path.parent / RECIPE, overrides)
-    folder = tiny.CHECKPOINT if name == "tiny" else _small_files(name, overrides)
+    folder = tiny.CHECKPOINT if name == "tiny" else _small_files(name, given)
     contract, settings = read_contract(folder), dict(UNNAMED)
     if contract:
         settings = contract.recipe | {"run_dir": "none"}
@@ -181,30 +183,26 @@ def _found(name: str, overrides: Sequence[str]) -> tuple[Path, Recipe]:
     else:
         head = (folder / "config.json").is_file() and has_head(read_small(folder / "config.json"))
         settings |= {"model": name} | (SCORES if head else {})
-    if {"model", "model.name"} & {override.partition("=")[0] for override in overrides}:
+    if {"model", "model.name"} & given.keys():
         settings |= {"model": {}}  # another base, with a revision of its own
     return folder, make_recipe(settings, overrides, name)
 
 
-def _small_files(name: str, overrides: Sequence[str]) -> Path:
+def _small_files(name: str, given: Mapping[str, str]) -> Path:
     """What tells an adapter from a model, here or on the hub; of a model, at the revision that is asked for."""
     wanted = [CONFIG, NAME, "config.json"]
     folder = find_folder("model", name, None, wanted)
-    revision = _revision(overrides)
+    revision = given.get(REVISION)
     if revision and not Path(name).is_dir() and not (folder / CONFIG).is_file():
         folder = find_folder("model", name, revision, wanted)
     return folder
 
 
-def _revision(overrides: Sequence[str]) -> str | None:
-    return next((text for key, _, text in (w.partition("=") for w in overrides) if key == "model.revision"), None)
-
-
-def _itself(name: str, folder: Path, overrides: Sequence[str]) -> ModelRecipe:
+def _itself(name: str, folder: Path, given: Mapping[str, str]) -> ModelRecipe:
     """A model that was trained, as what is to be opened; its recipe names the base it came from."""
     if Path(name).exists():
         return ModelRecipe(name=str(folder))
-    return ModelRecipe(name=name, revision=_revision(overrides))
+    return ModelRecipe(name=name, revision=given.get(REVISION))
 
 
 def _in_bits(recipe: Recipe, bits: int | None) -> Recipe:

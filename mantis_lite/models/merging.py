@@ -68,8 +68,9 @@ class Laid:
         words, out = plain.get_input_embeddings(), plain.get_output_embeddings()
         self.tied = out is not None and out.weight is words.weight
         self.embeddings = next(name for name, module in plain.named_modules() if module is words)
-        self.first = read_settings(Path(adapters[0][0]) / CONFIG).get("init_lora_weights")
-        plain.name_or_path = read_settings(Path(adapters[0][0]) / CONFIG).get("base_model_name_or_path")
+        settings = read_settings(Path(adapters[0][0]) / CONFIG)
+        self.first = settings.get("init_lora_weights")
+        plain.name_or_path = settings.get("base_model_name_or_path")
         self.model, self.adapter = combined(plain, adapters, combine, first_values=False)
         self.modules = dict(self.model.get_base_model().named_modules())
         kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
