@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,12 +32,18 @@ from .faults import faults
 LIMIT = 120
 """Seconds after which a run is taken to hang."""
 
+GRACE = 10
+"""Seconds that a run's other processes are given when one has failed."""
+
 
 class Forks:
-    """The process to fork from; each call is a run in a child of its own."""
+    """The process to fork from; each call is a run in a child of its own. `more` modules are imported as well."""
+
+    def __init__(self, *more: str) -> None:
+        self.more = more
 
     def __enter__(self) -> Forks:
-        command = [sys.executable, "-m", "benchmarks.forks"]
+        command = [sys.executable, "-m", "benchmarks.forks", *self.more]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
         )
@@ -50,9 +58,9 @@ class Forks:
     def __call__(self, settings: dict[str, Any], **job: Any) -> dict[str, Any]:
         """Train a recipe; returns its `status` (an exit code, or minus a signal), what it `said`, and its `seconds`.
 
-        After `kill_after` seconds it is killed; what else may go wrong is in `faults`; `options` are those of `start`;
-        `environment` is added to the child's. With `stock`, the settings are those of `benchmarks.stock`. A run that
-        hangs is an assertion.
+        After `kill_after` seconds it is killed; what else may go wrong is in `faults`, to the process of `faulty` rank;
+        `options` are those of `start`; `environment` is added to the child's. With `ranks` it is run by so many
+        children together. With `stock`, the settings are those of `benchmarks.stock`. A run that hangs is an assertion.
         """
         return self.end(self.begin(settings, **job))
 
@@ -77,34 +85,53 @@ class Forks:
 
 def main() -> None:
     """Fork a child for each job on standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     assert curve and run  # imported before the first fork
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryFile() as said:  # a pipe would be full at some time
             begun = time.monotonic()
-            child = os.fork()
-            if child == 0:
-                _child(job, said)
-            status, hangs = _wait(child, begun, job.get("kill_after"))
+            children = []
+            for environment in _environments(job.get("ranks")):
+                children.append(os.fork())
+                if children[-1] == 0:
+                    _child(job, environment, said)
+            status, hangs = _wait(children, begun, job.get("kill_after"))
             seconds = time.monotonic() - begun
             said.seek(0)
             text = said.read().decode(errors="replace")
         answer = {"number": job["number"], "status": status, "hangs": hangs, "said": text, "seconds": seconds}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def _child(job: dict[str, Any], said: BinaryIO) -> None:
+def _environments(ranks: int | None) -> list[dict[str, str]]:
+    """What a launcher tells each process of a run."""
+    if ranks is None:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{name: str(value) for name, value in environment.items()} for environment in each]
+
+
+def _child(job: dict[str, Any], environment: dict[str, str], said: BinaryIO) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 1)
     os.dup2(said.fileno(), 2)
-    os.environ.update(job.get("environment", {}))
+    os.environ.update(job.get("environment", {}) | environment)
+    if int(os.environ.get("RANK", 0)) != job.get("faulty", 0):
+        job = {key: value for key, value in job.items() if key != "faults"}
     code = 1
     try:
         _train(job)
@@ -128,21 +155,32 @@ def _train(job: dict[str, Any]) -> None:
     started.train()
 
 
-def _wait(child: int, begun: float, kill_after: float | None) -> tuple[int, bool]:
-    """The status of a child that has ended, or is killed when its time is over; and whether it seemed to hang."""
+def _wait(children: list[int], begun: float, kill_after: float | None) -> tuple[int, bool]:
+    """The first status of children that is not 0, killed when their time is over; and whether one seemed to hang.
+
+    Where one fails, the others are given a while, and killed, as launchers do.
+    """
     until = begun + (LIMIT if kill_after is None else kill_after)
-    hangs = False
+    hangs, first, left = False, 0, list(children)
     try:
-        while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > until:
-                hangs = kill_after is None
-                os.kill(child, signal.SIGKILL)
+        while left:
+            for child in [child for child in left if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)]:
+                left.remove(child)
+                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                if status and not first:
+                    first, until = status, min(until, time.monotonic() + GRACE)
+            if left and time.monotonic() > until:
+                hangs = kill_after is None and not first
+                first = first or -signal.SIGKILL
                 break
             time.sleep(0.002)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # it, where this one ends, and workers that outlive it
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), hangs
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # it, where this one ends, and workers that outlive it
+        for child in left:
+            os.waitpid(child, 0)
+    return first, hangs
 
 
 if __name__ == "__main__":

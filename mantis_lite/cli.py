@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -59,24 +60,37 @@ def train_command(
     accept_changes: AcceptChanges = False,
     import_upstream: ImportUpstream = False,
     gpu: Gpu = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of this machine; else all, with a launch.strategy.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines, each with MASTER_ADDR and NODE_RANK set.")] = None,
 ) -> None:
     """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to go on where it stopped."""
     from .recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    asked = {"launch.gpus": gpus, "launch.nodes": nodes}
+    words = [*(overrides or ()), *(f"{key}={count}" for key, count in asked.items() if count is not None)]
+    loaded = load_recipe(recipe, words)
     _prepare_process()
     from .errors import Stopped
     from .training.callbacks import ProgressBar
+    from .training.ranks import is_launched
     from .training.run import start
+    from .training.strategy import require_strategy
 
+    require_strategy(loaded)
+    if loaded.strategy != "single" and not is_launched():
+        from .training.launch import launch
+
+        raise typer.Exit(launch(loaded, sys.argv[1:]))
     with ProgressBar() as bar:
         try:
             run = start(loaded, [bar], from_scratch, import_upstream, gpu, accept_changes=accept_changes)
         except KeyboardInterrupt:
             raise Stopped(signal.SIGINT, None) from None
-        _show_start(run)
+        if run.ranks.is_first:
+            _show_start(run)
         saved = run.train()
-    typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
+    if run.ranks.is_first:
+        typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
 
 
 @app.command("check")
@@ -380,8 +394,16 @@ def main() -> None:
             refuse_secrets(word, f"word {at} of the command line")
         app()
     except (MantisError, Stopped) as error:
-        typer.echo(_printable(f"{type(error).__name__}: {error}"), err=True)
+        if _is_mine_to_say(error):
+            typer.echo(_printable(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(error.exit_code)
+
+
+def _is_mine_to_say(error: Exception) -> bool:
+    """Of a run's processes the first says what all have come to, another what it may have come to alone."""
+    from .errors import DataError, OutOfMemory
+
+    return os.environ.get("RANK", "0") == "0" or isinstance(error, DataError | OutOfMemory)
 
 
 def _printable(text: str) -> str:
@@ -391,8 +413,6 @@ def _printable(text: str) -> str:
 
 def _prepare_process() -> None:
     """Quiet what is not the user's concern, and report nothing home; before torch is imported."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning cripple torch on a busy CPU
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -426,9 +446,7 @@ def _show_start(run: Run) -> None:
         typer.echo(f"notice: {notice}")
     _show_rows(run.prepared)
     plan = run.schedule
-    console.print(
-        f"{len(plan.packs):,} packs, {plan.accumulation} a step, {plan.steps:,} steps -> {run.recipe.run_dir}"
-    )
+    console.print(f"{len(plan.packs):,} packs, {plan.per_step} a step, {plan.steps:,} steps -> {run.recipe.run_dir}")
 
 
 def _show_metrics(metrics: Metrics) -> None:
@@ -523,7 +541,7 @@ def _show_outlook(found: Outlook) -> None:
     size = sum(map(len, first)) / len(first)
     console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
     plan = found.schedule
-    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.accumulation} packs; in all {plan.steps:,}")
+    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.per_step} packs; in all {plan.steps:,}")
     if kept := found.kept:
         console.print(
             f"vision cache: {kept.pictures:,} pictures, each used {kept.uses:.1f} times: memory.vision_cache=disk (or "

@@ -14,7 +14,6 @@ UNBUILT = {
     "eval.benchmarks": "not available yet",
     "eval.metric": "not available yet",
     "eval.patience": "not available yet",
-    "launch": "one GPU only for now",
 }
 
 CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "frame_label")
@@ -22,7 +21,7 @@ CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "fra
 
 def conflicts(recipe: Recipe) -> Iterator[str]:
     """Everything that is wrong with a recipe whose keys are each right by themselves."""
-    for check in (_unbuilt, _part_conflicts, _method_conflicts, _media_conflicts, _head_conflicts):
+    for check in (_unbuilt, _part_conflicts, _method_conflicts, _launch_conflicts, _media_conflicts, _head_conflicts):
         yield from check(recipe)
 
 
@@ -75,6 +74,23 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.eval.every and recipe.data.eval is None:
         yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."
+
+
+def _launch_conflicts(recipe: Recipe) -> Iterator[str]:
+    launch, strategy = recipe.launch, recipe.strategy
+    gpus = (launch.gpus or 1) * launch.nodes
+    if strategy == "single" and gpus > 1:
+        yield f"launch.strategy: single, but {gpus} GPUs are asked for\n  Set launch.strategy=ddp, zero2 or zero3."
+    if strategy in ("zero3", "zero3_offload", "fsdp2") and recipe.quantized:
+        yield f"launch.strategy: {strategy} would part weights that are in 4 bits\n  Set launch.strategy=ddp or zero2."
+    if recipe.sharded and recipe.memory.optimizer not in ("auto", "adamw_torch", "adamw_torch_fused"):
+        found = f"{recipe.memory.optimizer}, but launch.strategy={strategy} keeps AdamW's moments in parts"
+        yield f"memory.optimizer: {found}\n  Leave memory.optimizer out, or set launch.strategy=ddp."
+    if recipe.memory.vision_cache != "off" and strategy in ("zero3", "zero3_offload", "fsdp2"):
+        yield (
+            f"memory.vision_cache: {recipe.memory.vision_cache}, but launch.strategy={strategy} parts the tower\n  "
+            + ("Set memory.vision_cache=off, or launch.strategy=ddp or zero2.")
+        )
 
 
 def _media_conflicts(recipe: Recipe) -> Iterator[str]:

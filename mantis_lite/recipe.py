@@ -21,6 +21,7 @@ Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
 Task = Literal["chat", "video", "classify"]
 Problem = Literal["regression", "single_label", "multi_label"]
+Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 Kernel = Literal["lora", "rms_norm", "rope", "swiglu", "layer_norm", "relu_squared"]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -148,7 +149,7 @@ class EvalRecipe(Section):
 
 
 class LaunchRecipe(Section):
-    strategy: Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"] = "single"
+    strategy: Strategy | None = None
     gpus: Positive | None = None
     nodes: Positive = 1
 
@@ -187,6 +188,20 @@ class Recipe(Section):
     @property
     def parts(self) -> dict[Part, Training]:
         return {name: self.part(name) for name in ("language_model", "projector", "vision_tower")}
+
+    @property
+    def strategy(self) -> Strategy:
+        """How several GPUs train: what is written out, else by what there is to share among those asked for."""
+        if self.launch.strategy is not None:
+            return self.launch.strategy
+        if (self.launch.gpus or 1) * self.launch.nodes == 1:
+            return "single"
+        return "zero3" if self.method == "full" else "ddp"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each GPU holds a part of what trains, and no more."""
+        return self.strategy not in ("single", "ddp")
 
     @property
     def quantized(self) -> list[Part]:

@@ -37,13 +37,18 @@ def working_dtype() -> torch.dtype:
 
 
 def weights_dtype(recipe: Recipe) -> torch.dtype:
-    """What weights are held in that are not in 4 bits: full fine-tuning's in float32, others' as they compute."""
-    return torch.float32 if recipe.method == "full" else working_dtype()
+    """What weights are held in that are not in 4 bits: full fine-tuning's in float32, others' as they compute.
+
+    DeepSpeed keeps float32 of what trains beside.
+    """
+    full = recipe.method == "full" and not recipe.strategy.startswith("zero")
+    return torch.float32 if full else working_dtype()
 
 
 def loader_workers() -> int:
-    """Processes that decode pictures beside a GPU; on a CPU they would only take its cores."""
-    return min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    """Processes that decode pictures beside each GPU; on a CPU they would only take its cores."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(4, max(1, len(os.sched_getaffinity(0)) // beside)) if torch.cuda.is_available() else 0
 
 
 def load_model(
@@ -134,7 +139,7 @@ def _from_pretrained(
             dtype=dtype,
             quantization_config=_quantization(checkpoint.family, recipe, dtype),
             use_safetensors=True,
-            device_map={"": 0} if recipe.quantized and torch.cuda.is_available() else None,
+            device_map={"": torch.cuda.current_device()} if recipe.quantized and torch.cuda.is_available() else None,
             output_loading_info=True,
         )
     except torch.OutOfMemoryError:

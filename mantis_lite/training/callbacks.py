@@ -53,7 +53,8 @@ class MetricsFile(TrainerCallback):
         self.tokens = np.concatenate([[0], pack_tokens.cumsum()])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.lines.rewind(state.global_step)
+        if state.is_world_process_zero:
+            self.lines.rewind(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The trainer walks through all epochs' packs once, and so counts them as one.
@@ -61,7 +62,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            done = min(state.global_step * self.schedule.accumulation, len(self.tokens) - 1)
+            done = min(state.global_step * self.schedule.per_step, len(self.tokens) - 1)
             logs |= dict.fromkeys({"num_tokens", "eval_num_tokens"} & logs.keys(), int(self.tokens[done]))
             self.lines.append({"step": state.global_step, "time": time.time(), **logs})
 
@@ -106,7 +107,8 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, loss="-")
-        self.progress.start()
+        if state.is_world_process_zero:
+            self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from ..errors import DiskError, ResumeError, one_line
 from ..files import sync, write_whole
+from .ranks import ALONE, Ranks
 
 log = logging.getLogger("mantis_lite")
 
@@ -85,26 +86,43 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 @contextmanager
-def written(folder: Path, size: int) -> Iterator[Path]:
+def written(folder: Path, size: int, ranks: Ranks = ALONE) -> Iterator[Path]:
     """A folder of the same name to write files in, which appears in its place as a whole, or not at all.
 
-    What was there is replaced. Raises DiskError, which says that about `size` bytes are needed, where it cannot be.
+    Every process of a run writes its own files there, and the first puts it in its place. What was there is replaced.
+    Raises DiskError, which says that about `size` bytes are needed, where it cannot be; in all processes.
     """
-    aside = folder.with_name(f"{folder.name}{UNFINISHED}{os.getpid()}")
+    aside = ranks.told(folder.with_name(f"{folder.name}{UNFINISHED}{os.getpid()}"))
     beside = aside / folder.name
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        _seal(beside)
-        remove(folder)
-        os.rename(beside, folder)
-        sync(folder.parent)
+        with _together(folder, size, ranks) as mine:
+            if mine:
+                beside.mkdir(parents=True)
+        with _together(folder, size, ranks):
+            yield beside
+        with _together(folder, size, ranks) as mine:
+            if mine:
+                _seal(beside)
+                remove(folder)
+                os.rename(beside, folder)
+                sync(folder.parent)
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)  # what a full disk leaves is cleared away at the next start
+
+
+@contextmanager
+def _together(folder: Path, size: int, ranks: Ranks) -> Iterator[bool]:
+    """A block, told whether this is the first process, after which all go on; or none, if one's disk is at fault."""
+    fault: Exception | None = None
+    try:
+        yield ranks.is_first
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _of_disk(error):
             raise
-        raise DiskError(_unwritten(folder, size, error)) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # what a full disk leaves is cleared away at the next start
+        fault = error
+    if not ranks.all(fault is None):
+        raise DiskError(_unwritten(folder, size, fault)) from fault
 
 
 def rotate(run_dir: Path, keep: int | None, best: Path | None = None) -> None:
@@ -191,9 +209,11 @@ def _of_disk(error: Exception) -> bool:
     return isinstance(error, OSError) or "os error" in str(error).lower()
 
 
-def _unwritten(folder: Path, size: int, error: Exception) -> str:
+def _unwritten(folder: Path, size: int, error: Exception | None) -> str:
     free = shutil.disk_usage(folder.parent).free
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    reason = "another process of the run could not write its part"
+    if error is not None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     needs = f"it takes about {_bytes(size)}, and {_bytes(free)} are free"
     before = [path for path in saved(folder.parent) if path != folder]
     kept = f" {before[0].name} is as it was: the run goes on from there." if before else ""

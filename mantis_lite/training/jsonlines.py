@@ -27,9 +27,14 @@ class JsonLines:
     def __len__(self) -> int:
         return self.count
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line; where the disk is full it waits for the next, and the run goes on."""
+    def append(self, line: dict[str, Any], mine: bool = True) -> None:
+        """Add a line; where the disk is full it waits for the next, and the run goes on.
+
+        One that is another process's to write, and not `mine`, is counted.
+        """
         self.count += 1
+        if not mine:
+            return
         full = bool(self._waiting)
         self._waiting += json.dumps(line).encode() + b"\n"
         try:

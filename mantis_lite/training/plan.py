@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from itertools import count
+from typing import NamedTuple
 
 from ..data.dataset import Schedule, schedule
 from ..data.encode import Encoder
@@ -24,6 +25,7 @@ from .checkpoints import remove, saved, step_of, sweep
 from .jsonlines import keep_whole_lines
 from .lock import Lock
 from .picked import Settled, as_started, notices_of, settle
+from .ranks import ALONE, Ranks
 from .resume import LABELS, Resumed, compare_data, find_resumed, write_rows
 
 
@@ -40,11 +42,16 @@ class Plan:
     resumed: Resumed
     settled: Settled | None
     lock: Lock
+    ranks: Ranks
 
     @property
     def work(self) -> Work:
         """What memory goes by."""
         return _work(self.recipe, self.checkpoint, self.encoder, self.prepared, self.schedule)
+
+    @property
+    def told(self) -> Told:
+        return Told(self.recipe, self.resumed)
 
     @property
     def picked(self) -> list[str]:
@@ -97,9 +104,17 @@ class Plan:
         write_rejects(self.prepared.rejects, run_dir / REJECTS)
 
 
+class Told(NamedTuple):
+    """What the first process tells the others of its plan; all else they find as it did."""
+
+    recipe: Recipe
+    resumed: Resumed
+
+
 def make_plan(
     asked: Recipe,
     lock: Lock,
+    ranks: Ranks = ALONE,
     from_scratch: bool = False,
     import_upstream: bool = False,
     gpu: float | None = None,
@@ -121,13 +136,24 @@ def make_plan(
         projects(checkpoint.family, checkpoint.config.model_type, trained_parts(recipe))
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or schedule(prepared.train, recipe.packing, recipe.train)
+    packs = only or schedule(prepared.train, recipe.packing, recipe.train, ranks.size)
     settled = settle(_work(recipe, checkpoint, encoder, prepared, packs), recipe, gpu)
     if settled is not None:
         recipe = settled.recipe
-        packs = only or schedule(prepared.train, recipe.packing, recipe.train)
+        packs = only or schedule(prepared.train, recipe.packing, recipe.train, ranks.size)
     resumed = compare_data(resumed, recipe, prepared, packs, accept_changes)
-    return Plan(asked, recipe, checkpoint, encoder, prepared, packs, resumed, settled, lock)
+    return Plan(asked, recipe, checkpoint, encoder, prepared, packs, resumed, settled, lock, ranks)
+
+
+def follow_plan(told: Told, lock: Lock, ranks: Ranks, import_upstream: bool, only: Schedule | None = None) -> Plan:
+    """The plan that the first process has made, in another."""
+    recipe, resumed = told
+    checkpoint = _open_model(recipe, import_upstream)
+    encoder = checkpoint.encoder(recipe)
+    head = stated_head(checkpoint, recipe)
+    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
+    packs = only or schedule(prepared.train, recipe.packing, recipe.train, ranks.size)
+    return Plan(recipe, recipe, checkpoint, encoder, prepared, packs, resumed, None, lock, ranks)
 
 
 def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:

@@ -46,8 +46,9 @@ from .jsonlines import lines_of
 from .lock import Lock
 from .numbers import Numbers
 from .picked import refuse_unused
-from .plan import Plan, make_plan
+from .plan import Plan, follow_plan, make_plan
 from .signals import Signals
+from .strategy import join_processes, settled_launch
 from .trackers import trackers
 from .trainers import ChatTrainer, Lasting, ScoreTrainer, arguments, offloads
 from .workers import Doing
@@ -90,9 +91,12 @@ class Run(Plan):
 
         Raises Stopped once a signal has had the run save and stop; OutOfMemory, DivergedError, DiskError.
         """
-        self.lock.take()
+        if self.ranks.is_first:
+            self.lock.take()
         try:
-            self._require_space()
+            with self.ranks.first() as mine:
+                if mine:
+                    self._require_space()
             with Signals(self.trainer.save_now) as signals:
                 self.trainer.add_callback(signals)
                 self.walk()
@@ -102,6 +106,8 @@ class Run(Plan):
                 folder = self.save()
         finally:
             self.lock.release()
+        if not self.ranks.is_first:
+            return folder
         try:
             draw_curve(self.recipe.run_dir / METRICS, self.recipe.run_dir / "loss.png")
         except OSError as error:
@@ -126,22 +132,27 @@ class Run(Plan):
         full = self.recipe.method == "full"
         folder = self.recipe.run_dir / ("model" if full else "adapter")
         self.trainer.numbers.require_finite(self.trainer.numbers.parameters, self.trainer.state.global_step)
-        with written(folder, self.trainer.checkpoint_size()) as beside:
+        with written(folder, self.trainer.checkpoint_size(), self.ranks) as beside:
             self.trainer._save(str(beside))
-            if full:
-                # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
-                self.checkpoint.copy_small_files(beside)
-                write_settings(beside, self.checkpoint, self.encoder, self.recipe)
-            if self.head is not None:
-                self.head.save_pretrained(beside)  # what the scores are; beside an adapter PEFT takes no notice of it
-                if self.encoder.score and self.encoder.score.tokens:
-                    self.encoder.tokenizer.save(str(beside / "tokenizer.json"))
-            write_template(beside, self.encoder)
-            used = open_checkpoint(ModelRecipe(name=str(beside))) if full else self.checkpoint
-            contract = self._contract(used)
-            contract.write(beside)
-            write_card(beside, contract, self.recipe.run_dir.resolve().name)
+            if self.ranks.is_first:
+                self._save_beside(beside, full)
         return folder
+
+    def _save_beside(self, folder: Path, full: bool) -> None:
+        """What makes weights, of a whole model or of an adapter, something to be used."""
+        if full:
+            # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
+            self.checkpoint.copy_small_files(folder)
+            write_settings(folder, self.checkpoint, self.encoder, self.recipe)
+        if self.head is not None:
+            self.head.save_pretrained(folder)  # what the scores are; beside an adapter PEFT takes no notice of it
+            if self.encoder.score and self.encoder.score.tokens:
+                self.encoder.tokenizer.save(str(folder / "tokenizer.json"))
+        write_template(folder, self.encoder)
+        used = open_checkpoint(ModelRecipe(name=str(folder))) if full else self.checkpoint
+        contract = self._contract(used)
+        contract.write(folder)
+        write_card(folder, contract, self.recipe.run_dir.resolve().name)
 
     def _contract(self, used: Checkpoint) -> Contract:
         """How what was trained is to be used, with the checkpoint it is used by; and the last of its metrics."""
@@ -172,7 +183,7 @@ class Run(Plan):
 
     def _packs(self, step: int) -> Schedule:
         """The packs of a step, which are counted from 1."""
-        each = self.schedule.accumulation
+        each = self.schedule.per_step
         return replace(self.schedule, packs=self.schedule.packs[(step - 1) * each : step * each])
 
     def _named(self, step: int) -> list[list[str]]:
@@ -180,7 +191,7 @@ class Run(Plan):
 
     def _used(self, step: int) -> set[str]:
         """The parts that the packs since the run went on, up to a step, have a use for."""
-        each = self.schedule.accumulation
+        each = self.schedule.per_step
         packs = self.schedule.packs[self.resumed.step * each : step * each]
         seen = any(self.prepared.train.lengths[pack, 1].any() for pack in packs)
         return {"language_model", "score head"} | ({"projector", "vision_tower"} if seen else set())
@@ -211,17 +222,22 @@ def start(
     it is. With memory.vision_cache, which opens all pictures then, also SampleError and RecipeError once it is.
     """
     refuse_unused(recipe, gpu)
+    recipe = settled_launch(recipe)
     reports = trackers(recipe.train.get("report_to"))
+    ranks = join_processes(recipe)
     with ExitStack() as held:
         lock = Lock(recipe.run_dir)
         held.callback(lock.release)
-        plan = make_plan(recipe, lock, from_scratch, import_upstream, gpu, only, accept_changes)
-        try:
-            plan.open_run_dir(from_scratch)
-        except OSError as error:
-            found = f"run_dir: {recipe.run_dir} cannot be written: {error.strerror}"
-            raise DiskError(f"{found}\n  Make room there, or set run_dir to another disk.") from error
-        run = _load(plan, import_upstream)
+        plan = None
+        if ranks.is_first:
+            plan = make_plan(recipe, lock, ranks, from_scratch, import_upstream, gpu, only, accept_changes)
+            try:
+                plan.open_run_dir(from_scratch)
+            except OSError as error:
+                found = f"run_dir: {recipe.run_dir} cannot be written: {error.strerror}"
+                raise DiskError(f"{found}\n  Make room there, or set run_dir to another disk.") from error
+        told = ranks.told(plan and plan.told)
+        run = _load(plan or follow_plan(told, lock, ranks, import_upstream, only), import_upstream)
         for callback in (*reports, *callbacks):
             run.trainer.add_callback(callback)
         held.pop_all()  # the run lets go of its folder when it has trained
@@ -242,7 +258,7 @@ def train(
 def _load(plan: Plan, import_upstream: bool) -> Run:
     """Load the model, make it trainable, and give it to a trainer."""
     recipe, checkpoint, encoder, prepared = plan.recipe, plan.checkpoint, plan.encoder, plan.prepared
-    training_arguments = arguments(recipe, plan.schedule, prepared.held_out is not None)
+    training_arguments = arguments(recipe, plan.schedule, prepared.held_out is not None, plan.ranks)
     set_seed(training_arguments.seed)  # the trainer's own comes too late for an adapter's first values
     head = _head(plan)
     with telling("while the model was loaded", plan.work, recipe):
@@ -267,6 +283,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
+    trainer.ranks = plan.ranks
     trainer.doing, trainer.doing_held_out = doing
     trainer.keep = recipe.train.get("save_total_limit")
     trainer.accepted = bool(plan.resumed.changed)
@@ -278,7 +295,7 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     """What a run adds to the trainer's own callbacks."""
     run_dir, schedule, trainer = run.recipe.run_dir, run.schedule, run.trainer
     parts = trained_parameters(trainer.model, run.checkpoint.family)
-    trainer.numbers = Numbers(run_dir, schedule.steps, parts, run._used, run._named)
+    trainer.numbers = Numbers(run_dir, schedule.steps, parts, run._used, run._named, run.ranks)
     tokens = np.array([run.prepared.train.lengths[pack, 0].sum() for pack in schedule.packs])
     metrics = MetricsFile(run_dir / METRICS, schedule, tokens)
     for callback in (Seeds(), Intervals(), trainer.numbers, metrics):
@@ -322,7 +339,8 @@ def _datasets(
     train, held_out = plan.prepared.train, plan.prepared.held_out
     encoder = cache.encoder if cache else plan.encoder
     packing = plan.recipe.packing
-    shown = pack_dataset(plan.schedule.packs, train, encoder, broken, train.targets, doing[0])
+    packs = plan.schedule.laid_out(plan.ranks.size)
+    shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0])
     if held_out is None:
         return shown, None
     packs = pack_epoch(held_out, packing)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,26 @@ from ..models.activations import tile_loss
 from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
-from .numbers import Numbers
+from .numbers import Numbers, numel
+from .ranks import ALONE, Ranks
 from .signals import leave_signals
+from .slices import (
+    Slice,
+    begin_moments,
+    load_computed,
+    load_slices,
+    save_slices,
+    sharded_slices,
+    steps_taken,
+    trained,
+    whole_weights,
+    zero_slices,
+)
+from .strategy import strategy_arguments
 from .workers import Deaths, Doing, Feed, WorkerError
+
+SHARED = "shared.pt"
+"""In a checkpoint of what is in parts: the scheduler, and how many steps the optimizer has taken."""
 
 
 class Lasting(Trainer):
@@ -39,6 +57,7 @@ class Lasting(Trainer):
     """
 
     numbers: Numbers
+    ranks: Ranks = ALONE
     doing: Doing
     doing_held_out: Doing
     keep: int | None = None
@@ -55,11 +74,18 @@ class Lasting(Trainer):
         self._save_checkpoint(self.model, None)
         return folder_of(Path(self.args.output_dir), self.state.global_step)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of what trains, and no more."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
     def checkpoint_size(self) -> int:
         """About how many bytes a checkpoint takes: what is saved of the model, and two moments of what trains."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        kept = trained if isinstance(self.model, PeftModel) else list(self.model.parameters())
-        return sum(p.numel() * p.element_size() for p in kept) + sum(8 * p.numel() for p in trained)
+        trains = [parameter for _, parameter in trained(self.model)]
+        if self.is_sharded:
+            return sum(12 * numel(p) for p in trains)
+        kept = trains if isinstance(self.model, PeftModel) else list(self.model.parameters())
+        return sum(p.numel() * p.element_size() for p in kept) + sum(8 * p.numel() for p in trains)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.numbers.counted(super().training_step(*args, **kwargs))
@@ -116,9 +142,11 @@ class Lasting(Trainer):
         return best
 
     def _load_best_model(self) -> None:
+        best = folder_of(Path(self.args.output_dir), self.state.best_global_step or 0)
         if self.state.best_global_step:  # the folder may have been moved since
-            best = folder_of(Path(self.args.output_dir), self.state.best_global_step)
             self.state.best_model_checkpoint = str(best)
+        if self.is_sharded:
+            return self._load_shares(best)
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -133,25 +161,78 @@ class Lasting(Trainer):
         """As the trainer's own, in a folder that appears as a whole; then older ones are rotated."""
         run_dir, step = Path(self.args.output_dir), self.state.global_step
         folder = folder_of(run_dir, step)
-        if folder.exists() and fault(folder) is None:
+        if self.ranks.told(folder.exists() and fault(folder) is None):
             return  # a signal came at a step that is saved anyway
-        states = [
-            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        ]
+        states = [value for state in self._states.values() for value in state.values() if torch.is_tensor(value)]
         self.numbers.require_finite([*self.numbers.parameters, *states], step)
         best = folder_of(run_dir, self.state.best_global_step) if self.state.best_global_step else None
-        with written(folder, self.checkpoint_size()) as beside:
+        with written(folder, self.checkpoint_size(), self.ranks) as beside:
             self._aside = beside.parent
             try:
                 Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a card beside
             finally:
                 self._aside = None
             self.state.best_model_checkpoint = str(best) if best else None
-            self.state.save_to_json(str(beside / TRAINER_STATE_NAME))  # with the folder's name as it will be
-        rotate(run_dir, self.keep, best)
+            if self.ranks.is_first:
+                self.state.save_to_json(str(beside / TRAINER_STATE_NAME))  # with the folder's name as it will be
+        if self.ranks.is_first:
+            rotate(run_dir, self.keep, best)
+
+    @property
+    def _states(self) -> dict[Any, dict[str, Any]]:
+        """What the optimizer keeps of each tensor that it is given."""
+        inner = self.optimizer
+        while hasattr(inner, "optimizer"):  # accelerate's wrapper, and DeepSpeed's
+            inner = inner.optimizer
+        return inner.state
+
+    def _slices(self) -> list[Slice]:
+        if self.is_deepspeed_enabled:
+            return zero_slices(self.model, self.optimizer.optimizer)
+        return sharded_slices(self.model, self.optimizer.optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer's own; what is in parts is saved with its moments."""
+        if not self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the trainer's own; of what is in parts each process writes its own."""
+        if not self.is_sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_slices(Path(output_dir), self._slices(), self.ranks)
+        if self.ranks.is_first:
+            kept = {"scheduler": self.lr_scheduler.state_dict(), "steps": steps_taken(self._states)}
+            torch.save(kept, Path(output_dir) / SHARED)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        """As the trainer's own, which would look for a checkpoint of DeepSpeed's or FSDP's."""
+        if not self.is_sharded:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._load_shares(Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_shares(self, checkpoint: Path) -> None:
+        """What this process holds of a checkpoint that any number of processes has written."""
+        kept = torch.load(checkpoint / SHARED, map_location="cpu", weights_only=True)
+        if self.is_deepspeed_enabled:
+            begin_moments(self.optimizer.optimizer, kept["steps"])
+        load_slices(checkpoint, self._slices())
+        if self.is_deepspeed_enabled:
+            load_computed(checkpoint, self.model, self.ranks)
+        self._go_on(lambda: self.lr_scheduler.load_state_dict(kept["scheduler"]))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The weights alone: no pickle of the arguments, and no tokenizer that the base has as well."""
+        """The weights alone: no pickle of the arguments, and no tokenizer that the base has as well.
+
+        Of what is in parts all processes give theirs, and the first writes it.
+        """
+        if self.is_sharded:
+            state_dict = whole_weights(self.model, self.optimizer.optimizer, self.ranks)
+        if not self.ranks.is_first:
+            return
         if isinstance(self.model, PeftModel):
             # No embedding changes its size here, and PEFT would ask the hub whether one did.
             more = {"save_embedding_layers": False}
@@ -166,10 +247,13 @@ class Lasting(Trainer):
         """Nothing: each step draws from its own seed."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the trainer's own; rates and the like are the recipe's, where it was changed since."""
+        self._go_on(partial(super()._load_optimizer_and_scheduler, checkpoint))
+
+    def _go_on(self, load: Callable[[], None]) -> None:
+        """Load the optimizer's and the scheduler's state; rates and the like are the recipe's, where it was changed."""
         scheduler = self.lr_scheduler
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        load()
         if not self.accepted:
             return
         if not isinstance(scheduler, LambdaLR):
@@ -220,7 +304,8 @@ class ScoreTrainer(Lasting):
         """Known targets of a step's packs: the trainer's own count takes NaN for a number, and -100.0 for none."""
         targets = [batch["labels"] for batch in batch_samples]
         known = [~t.isnan() if t.is_floating_point() else t != IGNORE for t in targets]
-        return torch.stack([each.sum() for each in known]).sum().to(device)
+        count = torch.stack([each.sum() for each in known]).sum().to(device)
+        return self.accelerator.gather(count).sum()
 
 
 def _with_patient_workers(loader: DataLoader) -> DataLoader:
@@ -235,7 +320,7 @@ def offloads(recipe: Recipe) -> bool:
     return recipe.memory.offload_activations and torch.cuda.is_available()
 
 
-def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArguments:
+def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = ALONE) -> TrainingArguments:
     """TrainingArguments of a run: the recipe's own, and those the pack contract fixes. Raises RecipeError."""
     gpu = torch.cuda.is_available()
     dtype = working_dtype()
@@ -257,13 +342,14 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "save_total_limit": None,  # Lasting removes checkpoints
-        "gradient_accumulation_steps": packs.accumulation,
+        "gradient_accumulation_steps": packs.accumulation(ranks.size),
         "max_steps": packs.steps,
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",  # the plan has shuffled the packs
         "remove_unused_columns": False,
         "prediction_loss_only": not scores,
         "gradient_checkpointing": False,  # what is computed again, models/activations.py has set
+        **strategy_arguments(recipe, ranks),
     }
     if scores:
         fixed["label_names"] = ["labels"]

@@ -1,0 +1,83 @@
+"""How several GPUs train one model: what transformers is told of it, and what must be there."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from ..errors import RecipeError
+from ..recipe import LaunchRecipe, Recipe, recipes_dir
+from .ranks import Ranks, is_launched, join, world
+
+
+def settled_launch(recipe: Recipe) -> Recipe:
+    """The recipe with the strategy and the processes it is trained by here. Raises RecipeError where they cannot be.
+
+    Where another launcher has started the processes, they are what counts.
+    """
+    _, size, _ = world()
+    asked = (recipe.launch.gpus or 1) * recipe.launch.nodes
+    if not is_launched() and (asked > 1 or recipe.sharded):
+        what = f"launch.gpus: {asked} GPUs are asked for" if asked > 1 else f"launch.strategy: {recipe.strategy}"
+        raise RecipeError(
+            f"{what}, and this process was started by no launcher\n"
+            "  Start it by `mantis-lite train`, torchrun or srun, or set launch.strategy=single."
+        )
+    counted = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"gpus": size, "nodes": 1})})
+    strategy = counted.strategy
+    if strategy == "single" and size > 1:
+        raise RecipeError(
+            f"launch.strategy: single, and {size} processes were started\n  Set launch.strategy=ddp, zero2 or zero3."
+        )
+    require_strategy(counted)
+    launch = recipe.launch if size == 1 or size == asked else counted.launch
+    return recipe.model_copy(update={"launch": LaunchRecipe(**launch.model_dump() | {"strategy": strategy})})
+
+
+def require_strategy(recipe: Recipe) -> None:
+    """Raise RecipeError where a strategy cannot work here."""
+    strategy = recipe.strategy
+    if strategy.startswith("zero") and find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"launch.strategy: {strategy} needs DeepSpeed, which is not installed\n"
+            "  pip install 'mantis-lite[deepspeed]', or set launch.strategy=ddp."
+        )
+    if strategy == "fsdp2" and (recipe.train.get("use_cpu") or not torch.cuda.is_available()):
+        raise RecipeError(
+            "launch.strategy: fsdp2 would be plain DDP without a GPU, as accelerate has it\n"
+            "  Set launch.strategy=ddp, zero2 or zero3."
+        )
+
+
+def join_processes(recipe: Recipe) -> Ranks:
+    """Join the other processes of a run, by a strategy that works here."""
+    ranks = join()
+    if recipe.strategy.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return ranks
+
+
+def strategy_arguments(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """TrainingArguments of a recipe's strategy."""
+    strategy = recipe.strategy
+    shared: dict[str, Any] = {"average_tokens_across_devices": True}
+    if ranks.group is not None and not torch.cuda.is_available():
+        shared["ddp_backend"] = "gloo"
+    if strategy == "ddp":
+        return shared | {"ddp_find_unused_parameters": False}
+    if strategy == "fsdp2":
+        wrapped = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+        return shared | {"fsdp": True, "fsdp_config": wrapped}
+    if strategy == "single":
+        return shared
+    return shared | {"deepspeed": deepspeed_config(strategy)}
+
+
+def deepspeed_config(strategy: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of a strategy, "auto" where TrainingArguments say."""
+    return json.loads((recipes_dir() / "deepspeed" / f"{strategy}.json").read_text())
