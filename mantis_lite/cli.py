@@ -426,9 +426,7 @@ def _show_start(run: Run) -> None:
         typer.echo(f"notice: {notice}")
     _show_rows(run.prepared)
     plan = run.schedule
-    console.print(
-        f"{len(plan.packs):,} packs, {plan.accumulation} a step, {plan.steps:,} steps -> {run.recipe.run_dir}"
-    )
+    console.print(f"{len(plan.packs):,} packs, {plan.per_step} a step, {plan.steps:,} steps -> {run.recipe.run_dir}")
 
 
 def _show_metrics(metrics: Metrics) -> None:
@@ -520,10 +518,10 @@ def _show_outlook(found: Outlook) -> None:
     console = Console(highlight=False)
     console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
     first = found.schedule.packs[: found.packs]
-    size = sum(map(len, first)) / len(first)
+    size = len(first.samples) / len(first)
     console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
     plan = found.schedule
-    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.accumulation} packs; in all {plan.steps:,}")
+    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.per_step} packs; in all {plan.steps:,}")
     if kept := found.kept:
         console.print(
             f"vision cache: {kept.pictures:,} pictures, each used {kept.uses:.1f} times: memory.vision_cache=disk (or "

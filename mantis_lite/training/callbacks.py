@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, set_seed
 
-from ..data.dataset import Schedule
+from ..data.schedule import Schedule
 from .jsonlines import JsonLines
 
 
@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            done = min(state.global_step * self.schedule.accumulation, len(self.tokens) - 1)
+            done = min(state.global_step * self.schedule.per_step, len(self.tokens) - 1)
             logs |= dict.fromkeys({"num_tokens", "eval_num_tokens"} & logs.keys(), int(self.tokens[done]))
             self.lines.append({"step": state.global_step, "time": time.time(), **logs})
 

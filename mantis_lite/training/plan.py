@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import count
 
-from ..data.dataset import Schedule, schedule
 from ..data.encode import Encoder
 from ..data.prepare import Prepared, prepare, write_rejects
+from ..data.schedule import Schedule, schedule
 from ..files import write_whole
 from ..memory.overrides import Work
 from ..memory.packs import Planned

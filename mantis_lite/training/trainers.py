@@ -18,9 +18,9 @@ from transformers.trainer_utils import SchedulerType
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
-from ..data.dataset import Schedule
 from ..data.encode import IGNORE
 from ..data.labels import Labels
+from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError
 from ..metrics import score_metrics
 from ..models.activations import tile_loss
@@ -257,7 +257,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool) -> TrainingArgum
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "save_total_limit": None,  # Lasting removes checkpoints
-        "gradient_accumulation_steps": packs.accumulation,
+        "gradient_accumulation_steps": packs.accumulation(ranks=1),
         "max_steps": packs.steps,
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",  # the plan has shuffled the packs
