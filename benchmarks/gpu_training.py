@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,13 @@ def measured(
         shown(clock)
     times = np.diff(clock.ends)[WARM - 1 :]
     packs = run.schedule.packs[WARM:]
-    counts = np.array([run.prepared.train.lengths[pack].sum(0) for pack in packs])
+    counts = packs.sums(run.prepared.train.lengths)
     figures = {
         "tokens_per_second": round(float(counts[:, 0].sum() / times.sum())),
         "tokens_per_second_min": round(float((counts[:, 0] / times).min())),
         "tokens_per_second_max": round(float((counts[:, 0] / times).max())),
         "supervised_per_second": round(sum(_supervised(run, pack) for pack in packs) / times.sum()),
-        "samples_per_second": round(sum(map(len, packs)) / times.sum(), 3),
+        "samples_per_second": round(len(packs.samples) / times.sum(), 3),
         **card.spread("step_seconds", times),
         "steps": len(times),
         "tokens_per_step": round(float(counts[:, 0].mean())),
@@ -145,9 +145,9 @@ def peaks_by_length(
     clock = StepClock()
     rows = len(data.read_text().splitlines())
     run = prepared(place, family, ["packing=off", *words], model, data, rows, clock)
-    tokens = np.array([run.prepared.train.lengths[pack, 0].sum() for pack in run.schedule.packs])
-    order = tokens.argsort(kind="stable").tolist()
-    run.schedule.packs[:] = [run.schedule.packs[at] for at in order]
+    tokens = run.schedule.packs.sums(run.prepared.train.lengths[:, 0])
+    order = tokens.argsort(kind="stable")
+    run.schedule = replace(run.schedule, packs=run.schedule.packs.take(order))
     run.trainer.train_dataset = run.trainer.train_dataset.select(order)
     weights = card.held()
     card.limit(limit)

@@ -261,8 +261,8 @@ def as_measured() -> Iterator[None]:
 
 def on_gpu(family: str, case: str, measured_gib: float, model: Path, data: Path) -> dict[str, float]:
     """An estimate of the first eight packs of a case of benchmarks/gpu_step.py, beside what an H100 measured."""
-    from mantis_lite.data.dataset import Schedule, pack_epoch
     from mantis_lite.data.prepare import prepare
+    from mantis_lite.data.schedule import Schedule, pack_epoch
     from mantis_lite.memory.estimate import estimate
     from mantis_lite.memory.packs import largest_packs
     from mantis_lite.memory.step import machine_of

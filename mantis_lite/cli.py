@@ -538,7 +538,7 @@ def _show_outlook(found: Outlook) -> None:
     console = Console(highlight=False)
     console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
     first = found.schedule.packs[: found.packs]
-    size = sum(map(len, first)) / len(first)
+    size = len(first.samples) / len(first)
     console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
     plan = found.schedule
     console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.per_step} packs; in all {plan.steps:,}")

@@ -119,6 +119,7 @@ class PackingRecipe(Section):
     enabled: StrictBool = True
     max_length: Positive = 8192
     max_patches: Positive | None = None
+    balance: Literal["auto"] | Positive = "auto"
     seed: int = 42
 
 

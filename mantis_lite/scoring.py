@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .data.collate import Batch, collate
-from .data.dataset import pack_epoch
 from .data.encode import Encoder
 from .data.labels import Labels
 from .data.prepare import Prepared, Samples, read_rows, refuse_too_many, write_rejects
+from .data.schedule import pack_epoch
 from .errors import DataError, RecipeError, SampleError
 from .metrics import Metrics, draw_confusion, probabilities, score_metrics
 from .models.head import labels_of

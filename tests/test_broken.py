@@ -7,6 +7,7 @@ from helpers import by_size, chat, recipe, write_rows
 from torch.utils.data import DataLoader
 
 from mantis_lite.data.dataset import pack_dataset
+from mantis_lite.data.packs import Packs
 from mantis_lite.data.prepare import prepare, write_rejects
 from mantis_lite.errors import SampleError
 from mantis_lite.training.broken import Broken
@@ -30,7 +31,7 @@ def went_through(prepared, run_dir, packs: list[list[int]], workers: int) -> lis
     """Encode packs in workers; the places in rejects.jsonl."""
     made = recipe(data={"sources": "unused.jsonl", "on_bad_row": "skip"}, run_dir=str(run_dir))
     write_rejects([], run_dir / "rejects.jsonl")
-    dataset = pack_dataset(packs, prepared.train, by_size(), Broken(made, prepared))
+    dataset = pack_dataset(Packs.of(packs), prepared.train, by_size(), Broken(made, prepared))
     for _ in DataLoader(dataset, 1, num_workers=workers, collate_fn=len):
         pass
     return [json.loads(line)["where"] for line in (run_dir / "rejects.jsonl").read_text().splitlines()]

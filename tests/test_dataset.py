@@ -10,8 +10,10 @@ from helpers import by_size, chat
 from torch.utils.data import DataLoader
 
 from mantis_lite.data.collate import collate
-from mantis_lite.data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch, schedule
+from mantis_lite.data.dataset import collate_packs, pack_dataset
+from mantis_lite.data.packs import Packs
 from mantis_lite.data.prepare import Samples
+from mantis_lite.data.schedule import Schedule, pack_epoch, schedule
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import SampleError
 from mantis_lite.recipe import PackingRecipe
@@ -33,7 +35,7 @@ SAMPLES = samples_of()
 PACKS = len(pack_epoch(SAMPLES, PACKING))
 
 
-def epochs_of(made: Schedule) -> list[list[list[int]]]:
+def epochs_of(made: Schedule) -> list[Packs]:
     ends = list(accumulate(made.epoch_sizes))
     return [made.packs[end - size : end] for end, size in zip(ends, made.epoch_sizes, strict=True)]
 
@@ -52,7 +54,7 @@ def test_an_epoch_has_every_sample_once(packing, epochs):
     for number, epoch in enumerate(epochs_of(made)):
         planned = pack_epoch(SAMPLES, packing, number)
         early = epoch[:2] if number == 0 else []  # see below
-        assert epoch[len(early) :] == [pack for pack in planned if pack not in early]
+        assert list(epoch[len(early) :]) == [pack for pack in planned if pack not in early]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, PACKS])
@@ -72,7 +74,7 @@ def test_the_costliest_packs_come_in_the_first_two_steps(accumulation):
 def test_packing_off_is_one_sample_a_pack():
     made = schedule(SAMPLES, PackingRecipe(enabled=False), {"num_train_epochs": 1})
     assert [len(pack) for pack in made.packs] == [1] * 40
-    assert made.packs != sorted(made.packs)
+    assert list(made.packs) != sorted(made.packs)
 
 
 def test_three_epochs_where_nothing_is_said():
@@ -110,12 +112,12 @@ def test_max_steps(steps, accumulation):
 )
 def test_packs_in_a_step(train, accumulation):
     made = schedule(SAMPLES, PACKING, train | {"num_train_epochs": 1})
-    assert made.accumulation == accumulation
+    assert made.per_step == accumulation
     assert made.steps == -(-PACKS // accumulation)
 
 
 def test_samples_per_step_without_packing_is_accumulation():
-    assert schedule(SAMPLES, PackingRecipe(enabled=False), {"samples_per_step": 8}).accumulation == 8
+    assert schedule(SAMPLES, PackingRecipe(enabled=False), {"samples_per_step": 8}).per_step == 8
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_epochs_done_grow_to_their_number(train):
     done = [made.epoch(step) for step in range(made.steps + 1)]
     assert done[0] == 0 and done[-1] == train["num_train_epochs"]
     assert all(a < b for a, b in pairwise(done))
-    if made.accumulation == 1:
+    if made.per_step == 1:
         assert made.epoch(made.epoch_sizes[0]) == 1 and made.epoch(1) == 1 / made.epoch_sizes[0]
 
 
@@ -159,14 +161,14 @@ def refuse(error: SampleError) -> None:
 
 def test_a_row_is_a_pack_encoded_when_asked_for():
     samples = parsed(*ROWS, BROKEN)  # the broken one is in no pack, and so never opened
-    dataset = pack_dataset([[3, 0], [1]], samples, ENCODER, refuse)
+    dataset = pack_dataset(Packs.of([[3, 0], [1]]), samples, ENCODER, refuse)
     assert len(dataset) == 2
     for row, pack in zip(range(2), ([3, 0], [1]), strict=True):
         same(lay_out([dataset[row]]), collate([ENCODER.encode(samples[i]) for i in pack]))
 
 
 def test_workers_give_the_same_batches():
-    dataset = pack_dataset([[3, 0], [1, 2]], parsed(*ROWS), ENCODER, refuse)
+    dataset = pack_dataset(Packs.of([[3, 0], [1, 2]]), parsed(*ROWS), ENCODER, refuse)
     here, there = (list(DataLoader(dataset, 1, num_workers=n, collate_fn=lay_out)) for n in (0, 1))
     for one, other in zip(here, there, strict=True):
         same(one, other)
@@ -175,17 +177,17 @@ def test_workers_give_the_same_batches():
 def test_a_picture_that_breaks_when_decoded():
     samples = parsed(ROWS[0], BROKEN)
     told: list[SampleError] = []
-    dataset = pack_dataset([[0, 1], [1]], samples, ENCODER, told.append)
+    dataset = pack_dataset(Packs.of([[0, 1], [1]]), samples, ENCODER, told.append)
     assert len(dataset[0]["encoded"]) == 1
     assert [error.where for error in told] == ["rows:2"]
     (nothing,) = dataset[1]["encoded"]  # no sample is left of this pack: two tokens without loss stand in
     assert len(nothing) == 2 and (nothing.labels == -100).all() and not nothing.pixels
     with pytest.raises(SampleError, match="rows:2"):
-        pack_dataset([[0, 1]], samples, ENCODER, refuse)[0]
+        pack_dataset(Packs.of([[0, 1]]), samples, ENCODER, refuse)[0]
 
 
 def test_a_worker_tells_which_row_broke():
-    dataset = pack_dataset([[1]], parsed(ROWS[0], BROKEN), ENCODER, refuse)
+    dataset = pack_dataset(Packs.of([[1]]), parsed(ROWS[0], BROKEN), ENCODER, refuse)
     with pytest.raises(SampleError, match=r"^rows:2"):
         list(DataLoader(dataset, 1, num_workers=1, collate_fn=lay_out))
 
@@ -193,7 +195,7 @@ def test_a_worker_tells_which_row_broke():
 def test_a_hundred_samples_that_break_in_a_row_are_an_error():
     """The disk with the pictures is gone then; those that break here and there are counted elsewhere."""
     told: list[SampleError] = []
-    dataset = pack_dataset([[1], [0, 1]], parsed(ROWS[0], BROKEN), ENCODER, told.append)
+    dataset = pack_dataset(Packs.of([[1], [0, 1]]), parsed(ROWS[0], BROKEN), ENCODER, told.append)
     for _ in range(150):
         assert len(dataset[1]["encoded"]) == 1
     for _ in range(99):

@@ -115,7 +115,7 @@ def test_the_patch_budget_alone_can_part_samples():
 
 
 def test_nothing_to_pack():
-    assert plan([], Length(TOKENS, PATCHES), 0) == []
+    assert not len(plan([], Length(TOKENS, PATCHES), 0))
     assert fill([], 0, TOKENS) == 0
 
 

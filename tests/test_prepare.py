@@ -9,10 +9,10 @@ import pytest
 from helpers import by_size, chat, picture, recipe, write_rows
 
 from mantis_lite.data import media
-from mantis_lite.data.dataset import pack_epoch
 from mantis_lite.data.lengths import cache_dir
 from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.prepare import Prepared, prepare, write_rejects
+from mantis_lite.data.schedule import pack_epoch
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import DataError, FitError, SampleError
 from mantis_lite.recipe import PackingRecipe

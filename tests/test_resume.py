@@ -343,7 +343,7 @@ def test_a_run_that_goes_on_encodes_nothing_that_was_used(begun, monkeypatch):
         type(run.encoder), "encode", lambda self, sample: seen.append(sample.id) or encode(self, sample)
     )
     run.walk()
-    left = run.schedule.packs[2 * run.schedule.accumulation :]
+    left = run.schedule.packs[2 * run.schedule.per_step :]
     assert seen == [run.prepared.train[index].id for pack in left for index in pack]
 
 

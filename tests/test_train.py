@@ -253,7 +253,7 @@ def test_tokens_are_counted_and_rows_held_out_whatever_the_layout(settings, fold
     logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     lengths = run.prepared.train.lengths[:, 0]
     assert [log["num_tokens"] for log in logs if "num_tokens" in log][-1] == 2 * lengths.sum()
-    first = [lengths[pack].sum() for pack in run.schedule.packs[: run.schedule.accumulation]]
+    first = [lengths[pack].sum() for pack in run.schedule.packs[: run.schedule.per_step]]
     assert logs[0]["num_tokens"] == sum(first)
     assert all(np.isfinite(log["eval_loss"]) for log in logs if "eval_loss" in log)
 
@@ -329,7 +329,7 @@ def test_out_of_memory_says_where_and_what_to_do(settings, tmp_path):
     run.trainer.add_callback(Full())
     with pytest.raises(OutOfMemory) as caught:
         run.train()
-    packs = run.schedule.packs[run.schedule.accumulation : 2 * run.schedule.accumulation]
+    packs = run.schedule.packs[run.schedule.per_step : 2 * run.schedule.per_step]
     tokens = max(int(run.prepared.train.lengths[pack, 0].sum()) for pack in packs)
     said = str(caught.value)
     assert said.startswith(

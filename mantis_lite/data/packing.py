@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .packs import Packs
+
 
 class Length(NamedTuple):
     """What a sample takes of a pack: tokens of the language model and positions of the vision tower."""
@@ -21,7 +23,7 @@ PATCH_UNITS = 64
 short, and rounding up cannot exceed the budget."""
 
 
-def plan(lengths: Sequence[Length] | np.ndarray, budget: Length, seed: int, epoch: int = 0) -> list[list[int]]:
+def plan(lengths: Sequence[Length] | np.ndarray, budget: Length, seed: int, epoch: int = 0) -> Packs:
     """Group samples into packs that stay within both budgets; packs and equal lengths come in a seeded random order.
 
     Best-fit decreasing (Johnson 1973) over all samples: the longest first, each into the fullest pack that has room
@@ -38,11 +40,9 @@ def plan(lengths: Sequence[Length] | np.ndarray, budget: Length, seed: int, epoc
     order = random.permutation(len(sizes))
     order = order[np.lexsort((-units[order], -sizes[order, 0]))]  # stable: equal samples stay shuffled
     pack_of, packs = _best_fit(sizes[order, 0], units[order], budget.tokens)
-    by_pack = np.argsort(pack_of, kind="stable")
-    members = order[by_pack].tolist()
-    ends = np.cumsum(np.bincount(pack_of, minlength=packs)).tolist()
-    rows = [members[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return [rows[i] for i in random.permutation(packs)]
+    members = order[np.argsort(pack_of, kind="stable")].astype(np.int32)
+    made = Packs(members, np.cumsum(np.bincount(pack_of, minlength=packs), dtype=np.int64))
+    return made.take(random.permutation(packs))
 
 
 def fill(lengths: Sequence[Length] | np.ndarray, packs: int, max_length: int) -> float:

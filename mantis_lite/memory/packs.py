@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
 from ..data import media
-from ..data.dataset import Schedule, pack_epoch, schedule
 from ..data.encode import Encoder
 from ..data.lengths import Measured
 from ..data.prepare import Samples, too_large
+from ..data.schedule import Schedule, pack_epoch, schedule
 from ..data.vision import Size, Vision, bounded
 from ..errors import SampleError
 from ..models.checkpoint import Checkpoint
@@ -74,12 +73,14 @@ class Planned:
             encoder = self.checkpoint.encoder(recipe)
             samples = self._measured_again(encoder, recipe)
             plan = replace(plan, packs=pack_epoch(samples, recipe.packing))
-        return list(largest_packs(plan, samples, encoder).values()), plan.accumulation > 1
+        return list(largest_packs(plan, samples, encoder).values()), plan.per_step > 1
 
     def _plan(self, recipe: Recipe) -> Schedule:
         """The packs under a recipe, as long as lengths are the same."""
         same = recipe.packing == self.recipe.packing
-        return self.plan if same else schedule(self.samples, recipe.packing, recipe.train)
+        if same:
+            return self.plan
+        return schedule(self.samples, recipe.packing, recipe.train, self.plan.balance, self.plan.touch)
 
     def words(self, recipe: Recipe) -> str:
         """What the largest pack is the largest of."""
@@ -93,8 +94,8 @@ class Planned:
 
     def _measured_again(self, encoder: Encoder, recipe: Recipe) -> Samples:
         """The samples of the packs that may be the largest, under other media settings: the others come to less."""
-        members = {index for at in _candidates(self.plan, self.samples) for index in self.plan.packs[at]}
-        samples = replace(self.samples.take(np.array(sorted(members))), weights=[1.0] * len(self.samples.weights))
+        members = self.plan.packs.take(np.array(_candidates(self.plan, self.samples))).samples
+        samples = replace(self.samples.take(np.unique(members)), weights=[1.0] * len(self.samples.weights))
         found: list[Measured] = []
         for sample, length in zip(samples, encoder.measure(list(samples)), strict=True):
             error = length if isinstance(length, SampleError) else too_large(sample, length, recipe.packing)
@@ -140,7 +141,7 @@ def largest_packs(plan: Schedule, samples: Samples, encoder: Encoder) -> dict[in
     Shapes are looked up in the NEAR packs of most patches: each is a header to be read.
     """
     totals = _totals(plan, samples)
-    usual, beside = float(totals[:, 1].mean()), min(plan.accumulation, len(plan.packs)) - 1
+    usual, beside = float(totals[:, 1].mean()), min(plan.per_step, len(plan.packs)) - 1
     found = {}
     for at in _candidates(plan, samples):
         pack = pack_of(plan.packs[at], samples, encoder)
@@ -198,8 +199,7 @@ def _packs_a_step(recipe: Recipe) -> int:
 
 def _totals(plan: Schedule, samples: Samples) -> np.ndarray:
     """Tokens and patches of each pack, (P, 2)."""
-    starts = np.cumsum([0, *map(len, plan.packs[:-1])])
-    return np.add.reduceat(samples.lengths[np.fromiter(chain.from_iterable(plan.packs), np.int64)], starts)
+    return plan.packs.sums(samples.lengths)
 
 
 def _candidates(plan: Schedule, samples: Samples) -> list[int]:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ..data.dataset import Schedule, schedule
 from ..data.encode import IGNORE, Encoded, Encoder
 from ..data.packing import fill
 from ..data.prepare import Prepared, Samples, prepare
 from ..data.sample import Frame, Image, Sample
+from ..data.schedule import Schedule, schedule
 from ..errors import RecipeError, SampleError
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.load import stated_head
@@ -150,8 +150,8 @@ def _outlook(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared:
         tokens=_spread(samples.lengths[:, 0]),
         images=_spread(samples.images),
         packs=packs.epoch_sizes[0],
-        fill=fill(samples.lengths[[i for pack in first for i in pack]], len(first), longest),
-        steps_per_epoch=-(-packs.epoch_sizes[0] // packs.accumulation),
+        fill=fill(samples.lengths[first.samples], len(first), longest),
+        steps_per_epoch=-(-packs.epoch_sizes[0] // packs.per_step),
         sample=sample,
         rendered=render_tokens(encoder, encoded),
         trained_tokens=int((encoded.labels != IGNORE).sum()),
@@ -194,9 +194,9 @@ def _kept(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Pr
     except RecipeError:
         return None  # nothing can be kept of such a model
     broken: list[SampleError] = []
-    drawn = sorted({index for pack in packs.packs for index in pack})
+    drawn = np.unique(packs.packs.samples).tolist()
     pictures = shown([(prepared.train, drawn)], encoder, _name, broken.append)
-    uses = sum(int(prepared.train.images[pack].sum()) for pack in packs.packs)
+    uses = int(prepared.train.images[packs.packs.samples].sum())
     return Kept(
         pictures=len(pictures),
         size=sum(cache.bytes_of(place.size) for place in pictures.values()),

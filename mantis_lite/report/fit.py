@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from ..data.dataset import schedule
 from ..data.prepare import prepare
+from ..data.schedule import schedule
 from ..errors import RecipeError
 from ..memory.bases import find_base
 from ..memory.card import card_at_hand, card_of

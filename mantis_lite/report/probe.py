@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..data.dataset import Schedule
+from ..data.packs import Packs
+from ..data.schedule import Schedule
 from ..errors import RecipeError
 from ..memory.estimate import estimate
 from ..memory.overrides import taken
@@ -53,9 +54,9 @@ def probe(recipe: Recipe) -> Probe:
     if not isinstance(work.rows, Planned):
         raise RecipeError("fit --probe: runs a pack of the data, and none was given\n  Add data=my.json.")
     gpu = torch.cuda.is_available()
-    each = min(2, work.rows.plan.accumulation)
+    each = min(2, work.rows.plan.per_step)
     pack = replace(taken(work, recipe)[0].pack, waiting=float(each - 1))
-    only = Schedule([list(pack.members)] * 2 * each, [2 * each], each)
+    only = Schedule(Packs.of([pack.members] * 2 * each), [2 * each], each)
     with tempfile.TemporaryDirectory() as folder:
         settings = recipe.model_dump(mode="json") | {"run_dir": f"{folder}/run"}
         run = start(make_recipe(settings, PLAIN), only=only)

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, set_seed
 
-from ..data.dataset import Schedule
+from ..data.schedule import Schedule
 from .jsonlines import JsonLines
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import NamedTuple
 
-from ..data.dataset import Schedule, schedule
 from ..data.encode import Encoder
 from ..data.prepare import Prepared, prepare, write_rejects
+from ..data.schedule import Schedule, schedule
 from ..files import write_whole
 from ..memory.overrides import Work
 from ..memory.packs import Planned

@@ -7,15 +7,14 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
-from ..data.dataset import Schedule
 from ..data.labels import Labels, some
 from ..data.prepare import Prepared, Samples
+from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError, one_line
 from ..files import write_whole
 from ..models.load import working_dtype
@@ -144,8 +143,8 @@ def _rows(prepared: Prepared, packs: Schedule) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for prefix, samples in parts.items():
         found |= {f"{prefix}{key}": getattr(samples, key) for key in ("source", "row", "digest")}
-    text = json.dumps([packs.packs, packs.accumulation]).encode()
-    return found | {"packs": np.array(sha256(text).hexdigest()), "dtype": np.array(str(working_dtype()))}
+    packed = np.array(f"{packs.packs.digest()}, {packs.per_step} a step")
+    return found | {"packs": packed, "dtype": np.array(str(working_dtype()))}
 
 
 def _changed_rows(file: Path, prepared: Prepared, packs: Schedule) -> list[str]:

@@ -24,8 +24,10 @@ from transformers import (
 
 from ..card import write_card
 from ..contract import Contract, contract_of, facts_of
-from ..data.dataset import Schedule, collate_packs, pack_dataset, pack_epoch
+from ..data.dataset import collate_packs, pack_dataset
+from ..data.packs import BLANK
 from ..data.prepare import Prepared
+from ..data.schedule import Schedule, pack_epoch
 from ..data.vision import Vision
 from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
@@ -187,13 +189,13 @@ class Run(Plan):
         return replace(self.schedule, packs=self.schedule.packs[(step - 1) * each : step * each])
 
     def _named(self, step: int) -> list[list[str]]:
-        return [[self.called(index) for index in pack] for pack in self._packs(step).packs]
+        return [[self.called(index) for index in pack if index != BLANK] for pack in self._packs(step).packs]
 
     def _used(self, step: int) -> set[str]:
         """The parts that the packs since the run went on, up to a step, have a use for."""
         each = self.schedule.per_step
         packs = self.schedule.packs[self.resumed.step * each : step * each]
-        seen = any(self.prepared.train.lengths[pack, 1].any() for pack in packs)
+        seen = self.prepared.train.lengths[packs.samples, 1].any()
         return {"language_model", "score head"} | ({"projector", "vision_tower"} if seen else set())
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
@@ -296,8 +298,7 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     run_dir, schedule, trainer = run.recipe.run_dir, run.schedule, run.trainer
     parts = trained_parameters(trainer.model, run.checkpoint.family)
     trainer.numbers = Numbers(run_dir, schedule.steps, parts, run._used, run._named, run.ranks)
-    tokens = np.array([run.prepared.train.lengths[pack, 0].sum() for pack in schedule.packs])
-    metrics = MetricsFile(run_dir / METRICS, schedule, tokens)
+    metrics = MetricsFile(run_dir / METRICS, schedule, schedule.packs.sums(run.prepared.train.lengths[:, 0]))
     for callback in (Seeds(), Intervals(), trainer.numbers, metrics):
         trainer.add_callback(callback)
     if cache:
@@ -351,7 +352,7 @@ def _fill(
     cache: VisionCache, model: PreTrainedModel, training_arguments: TrainingArguments, plan: Plan, broken: Broken
 ) -> str:
     """Fill the cache with every picture that the run will show, as its steps would compute them."""
-    plans = [(plan.prepared.train, sorted({index for pack in plan.schedule.packs for index in pack}))]
+    plans = [(plan.prepared.train, np.unique(plan.schedule.packs.samples).tolist())]
     if (held_out := plan.prepared.held_out) is not None:
         plans.append((held_out, list(range(len(held_out)))))
     device, dtype = training_arguments.device, torch.bfloat16 if training_arguments.bf16 else torch.float16

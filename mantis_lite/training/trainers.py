@@ -19,9 +19,9 @@ from transformers.trainer_utils import SchedulerType
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
-from ..data.dataset import Schedule
 from ..data.encode import IGNORE
 from ..data.labels import Labels
+from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError
 from ..metrics import score_metrics
 from ..models.activations import tile_loss

@@ -1,0 +1,157 @@
+"""Samples and a budget -> the packs of a whole run, in order, and the steps they make on any number of GPUs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, RecipeError
+from ..recipe import PackingRecipe
+from .packing import Length, plan
+from .packs import BLANK, Packs
+from .prepare import Samples
+
+OFF = 0.05
+"""By how much of what was asked a step may be off before that is said."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every pack of a run in training order, how many of them a step has, and each epoch has that the run begins.
+
+    `per_step` is over all GPUs, a multiple of `balance`: so many packs, one after the other, are alike in cost. A pack
+    without pictures has a blank one of `touch` tokens, unless that is None. `notices` say where a step is not as asked.
+    """
+
+    packs: Packs
+    epoch_sizes: list[int]
+    per_step: int
+    balance: int = 1
+    touch: int | None = None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(len(self.packs) / self.per_step)
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after a number of optimizer steps."""
+        left = min(step * self.per_step, len(self.packs))
+        for done, size in enumerate(self.epoch_sizes):
+            if left < size:
+                return done + left / size
+            left -= size
+        return float(len(self.epoch_sizes))
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-steps of a step: packs that each of so many GPUs takes one after the other."""
+        return math.ceil(self.per_step / ranks)
+
+    def laid_out(self, ranks: int) -> Packs:
+        """The packs with each step's filled up to a multiple of `ranks`, by packs without a sample and without loss.
+
+        The GPU `rank` takes entry (step * accumulation(ranks) + micro_step) * ranks + rank.
+        """
+        count, width = len(self.packs), self.accumulation(ranks) * ranks
+        last = count % self.per_step
+        if width == self.per_step and last % ranks == 0:
+            return self.packs
+        whole = np.full((count // self.per_step, width), count)  # the place of the pack that fills up
+        whole[:, : self.per_step] = np.arange(count - last).reshape(-1, self.per_step)
+        rest = np.full(-(-last // ranks) * ranks, count)
+        rest[:last] = np.arange(count - last, count)
+        nothing = Packs.of([[] if self.touch is None else [BLANK]])
+        return Packs.join([self.packs, nothing]).take(np.concatenate([whole.ravel(), rest]))
+
+
+def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0) -> Packs:
+    """The packs of one epoch, by seed and epoch; one sample a pack where packing is off."""
+    indices = _draw(samples, packing.seed, epoch).astype(np.int32)
+    if packing.enabled:
+        budget = Length(packing.max_length, packing.max_patches or 0)
+        packs = plan(samples.lengths[indices], budget, packing.seed, epoch)
+        return Packs(indices[packs.members], packs.ends)
+    members = np.random.default_rng((packing.seed, epoch)).permutation(indices)
+    return Packs(members, np.arange(1, len(members) + 1))
+
+
+def schedule(
+    samples: Samples, packing: PackingRecipe, train: dict[str, Any], ranks: int = 1, touch: int | None = None
+) -> Schedule:
+    """Lay out all packs of a run: `num_train_epochs` of them, or enough for `max_steps`.
+
+    Raises DataError where no sample is drawn, and RecipeError where no epoch is asked for.
+    """
+    first = pack_epoch(samples, packing)
+    if not len(first):
+        raise DataError("data: the sources' weights leave no row in an epoch\n  Raise the weight of one of them.")
+    epochs, max_steps = float(train.get("num_train_epochs", 3)), train.get("max_steps", -1)
+    if epochs <= 0 and max_steps <= 0:
+        raise RecipeError("train.num_train_epochs: expected more than 0\n  Set it, or train.max_steps.")
+    balance = ranks if packing.balance == "auto" else packing.balance
+    per_step, notices = _per_step(samples, first, train, balance)
+    parts: list[Packs] = []
+    sizes: list[int] = []
+    wanted = 0
+    while wanted < max_steps * per_step if max_steps > 0 else len(sizes) < epochs:
+        new = pack_epoch(samples, packing, len(sizes)) if sizes else _costliest_early(first, samples, per_step)
+        wanted += len(new) if max_steps > 0 else math.ceil(len(new) * min(1.0, epochs - len(sizes)))
+        sizes.append(len(new))
+        parts.append(new)
+    packs = Packs.join(parts)[: max_steps * per_step if max_steps > 0 else wanted]
+    return Schedule(packs, sizes, per_step, balance, touch, notices)
+
+
+def _costliest_early(packs: Packs, samples: Samples, per_step: int) -> Packs:
+    """An epoch's packs, the two costliest first in the first two steps: a run that does not fit fails at once.
+
+    By tokens and patches, each as a share of the most. In the second step the optimiser's moments are there as well.
+    """
+    if len(packs) <= per_step:
+        return packs
+    costs = packs.sums(samples.lengths).astype(np.float64)
+    order = (costs / np.maximum(costs.max(0), 1)).sum(1).argsort(kind="stable")[::-1]
+    rest = np.delete(np.arange(len(packs)), order[:2])
+    return packs.take(np.insert(rest, [0, per_step - 1], order[[1, 0]]))
+
+
+def _draw(samples: Samples, seed: int, epoch: int) -> np.ndarray:
+    """Indices of one epoch: each source's samples as often as its weight says, a broken share drawn by chance."""
+    random = np.random.default_rng((seed, epoch, 1))
+    drawn = []
+    for source, weight in enumerate(samples.weights):
+        members = np.flatnonzero(samples.source == source)
+        whole, share = int(weight), weight - int(weight)
+        drawn += [members] * whole
+        drawn.append(random.permutation(members)[: round(len(members) * share)])
+    return np.concatenate(drawn)
+
+
+def _per_step(samples: Samples, packs: Packs, train: dict[str, Any], balance: int) -> tuple[int, list[str]]:
+    """Packs of an optimizer step, a multiple of `balance`; and, in words, where they are not what was asked for."""
+    for key, held in (("samples_per_step", len(packs.samples)), ("tokens_per_step", _tokens(packs, samples))):
+        if key in train:
+            size = held / len(packs)
+            asked = train[key] / size
+            found = balance * max(1, round(asked / balance))
+            return found, [] if abs(found - asked) <= OFF * asked else [_off(key, train[key], found, size, balance)]
+    return balance * train.get("gradient_accumulation_steps", 1), []
+
+
+def _tokens(packs: Packs, samples: Samples) -> int:
+    return int(samples.lengths[packs.samples, 0].sum())
+
+
+def _off(key: str, asked: int, found: int, size: float, balance: int) -> str:
+    what = key.partition("_")[0]
+    if found == balance:
+        why = f"each of {balance} GPUs takes one at least" if balance > 1 else "it takes one at least"
+    else:
+        why = f"packs of a step are a multiple of {balance}" if balance > 1 else "packs are not divided"
+    return (
+        f"a step has {found:,} packs of about {found * size:,.0f} {what} in all, "
+        f"and train.{key} asks for {asked:,}: {why}"
+    )
