@@ -74,7 +74,7 @@ def test_a_step_with_no_number_in_its_gradient_is_not_taken(llava_folder, tmp_pa
     run.trainer.add_callback(Keeps())
     folder = run.train()
     packs = run._packs(3).packs
-    names = [run.called(index) for pack in packs for index in pack]
+    names = [run.prepared.train.called(index) for pack in packs for index in pack]
     assert names[0].startswith("rows.jsonl:") and '(id "n' in names[0]
     (line,) = lines_of(tmp_path / "run/skipped.jsonl")
     assert line == {"step": 3, "found": "the gradient is not finite", "samples": names}
@@ -104,7 +104,7 @@ def test_a_loss_that_is_no_number_names_its_pack(llava_folder, tmp_path):
     layer.norm = Breaks(layer.norm)
     run.train()
     (line,) = lines_of(tmp_path / "run/skipped.jsonl")
-    assert line == {"step": 2, "found": "the loss is not finite", "samples": [run.called(index) for index in wanted]}
+    assert line == {"step": 2, "found": "the loss is not finite", "samples": [run.prepared.train.called(index) for index in wanted]}
 
 
 def test_weights_that_are_lost_end_the_run_with_the_last_good_checkpoint(llava_folder, tmp_path):

@@ -48,7 +48,7 @@ def killing(monkeypatch, tmp_path):
 def sample_of(run, micro_step: int) -> tuple[str, str]:
     """The sample of a pack, in order: its id, and what it is called."""
     (index,) = run.schedule.packs[micro_step]
-    return run.prepared.train[index].id, run.called(index)
+    return run.prepared.train[index].id, run.prepared.train.called(index)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_an_evaluation_is_begun_anew_when_a_worker_dies(llava_folder, tmp_path, 
     sample_id = run.prepared.held_out[1].id
     killing(sample_id, 1)
     run.train()
-    assert f"a DataLoader worker died at {run.called(1, held_out=True)}; it is begun anew" in caplog.text
+    assert f"a DataLoader worker died at {run.prepared.held_out.called(1)}; it is begun anew" in caplog.text
     found, wanted = (
         [(log["eval_loss"], log["eval_mean_token_accuracy"]) for log in logs_of(tmp_path / name) if "eval_loss" in log]
         for name in ("run", "straight")

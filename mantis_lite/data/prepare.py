@@ -52,6 +52,11 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index):
         return self.rows[self.source[index]].sample(int(self.row[index]))
 
+    def called(self, index: int) -> str:
+        """What a sample is called in messages: file, row and id."""
+        sample = self[index]
+        return sample.where if sample.id is None else f'{sample.where} (id "{sample.id}")'
+
     def take(self, indices: np.ndarray) -> Samples:
         return replace(
             self,

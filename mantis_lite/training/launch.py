@@ -7,6 +7,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -44,9 +45,9 @@ def launch(recipe: Recipe, words: Sequence[str], environ: Mapping[str, str] = os
 def launch_config(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> LaunchConfig:
     """How torch is to start the processes of a recipe. Raises RecipeError."""
     nodes, gpus = recipe.launch.nodes, _gpus(recipe)
-    shared = {"nproc_per_node": gpus, "max_restarts": 0, "start_method": "spawn", "logs_specs": DefaultLogsSpecs()}
+    shared: dict[str, Any] = {"nproc_per_node": gpus, "max_restarts": 0, "start_method": "spawn", "logs_specs": DefaultLogsSpecs()}
     if nodes == 1:
-        place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+        place: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
         return LaunchConfig(1, 1, local_addr="localhost", **place, **shared)
     rank = environ.get("NODE_RANK", environ.get("SLURM_NODEID"))
     if rank is None or "MASTER_ADDR" not in environ:

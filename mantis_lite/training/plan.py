@@ -58,13 +58,6 @@ class Plan:
         """What memory.fit=auto picked, in words."""
         return notices_of(self.settled, self.asked, self.recipe)
 
-    def called(self, index: int, held_out: bool = False) -> str:
-        """What a sample is called in messages: file, row and id."""
-        samples = self.prepared.held_out if held_out else self.prepared.train
-        assert samples is not None
-        sample = samples[index]
-        return sample.where if sample.id is None else f'{sample.where} (id "{sample.id}")'
-
     def open_run_dir(self, from_scratch: bool) -> None:
         """Make the run's folder, or clear it of what a killed run was writing; and keep there what is trained on.
 

@@ -25,7 +25,7 @@ from transformers import (
 from ..card import write_card
 from ..contract import Contract, contract_of, facts_of
 from ..data.dataset import collate_packs, pack_dataset
-from ..data.packs import BLANK
+from ..data.packs import BLANK, Packs
 from ..data.prepare import Prepared
 from ..data.schedule import Schedule, pack_epoch
 from ..data.vision import Vision
@@ -189,7 +189,8 @@ class Run(Plan):
         return replace(self.schedule, packs=self.schedule.packs[(step - 1) * each : step * each])
 
     def _named(self, step: int) -> list[list[str]]:
-        return [[self.called(index) for index in pack if index != BLANK] for pack in self._packs(step).packs]
+        called = self.prepared.train.called
+        return [[called(index) for index in pack if index != BLANK] for pack in self._packs(step).packs]
 
     def _used(self, step: int) -> set[str]:
         """The parts that the packs since the run went on, up to a step, have a use for."""
@@ -273,7 +274,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
             cache = VisionCache(checkpoint, recipe, encoder, trained)
         broken = Broken(recipe, prepared)
         workers = training_arguments.dataloader_num_workers
-        doing = Doing(workers, plan.called), Doing(workers, lambda index: plan.called(index, held_out=True))
+        doing = Doing(workers, prepared.train.called), Doing(workers, (prepared.held_out or prepared.train).called)
         shown = _datasets(plan, cache, broken, doing)
         # With its data sets made: they are hashed then, and the features with them, were they there already.
         kept = _fill(cache, model, training_arguments, plan, broken) if cache else None
@@ -286,7 +287,11 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     trainer.remove_callback(PrinterCallback)
     run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
     trainer.ranks = plan.ranks
+    trainer.seen_by = [path for part in ("projector", "vision_tower") for path in checkpoint.family.parts.get(part, ())]
     trainer.doing, trainer.doing_held_out = doing
+    if prepared.held_out is not None:
+        sizes = _held_out_packs(plan).sizes
+        trainer.held_out_share = len(sizes) / np.count_nonzero(sizes)
     trainer.keep = recipe.train.get("save_total_limit")
     trainer.accepted = bool(plan.resumed.changed)
     _watch(run, cache)
@@ -339,13 +344,18 @@ def _datasets(
     """The packs to train on, and those that are held out; `doing` is told what either's workers are at."""
     train, held_out = plan.prepared.train, plan.prepared.held_out
     encoder = cache.encoder if cache else plan.encoder
-    packing = plan.recipe.packing
     packs = plan.schedule.laid_out(plan.ranks.size)
     shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0])
     if held_out is None:
         return shown, None
-    packs = pack_epoch(held_out, packing)
-    return shown, pack_dataset(packs, held_out, encoder, broken, held_out.targets, doing[1])
+    return shown, pack_dataset(_held_out_packs(plan), held_out, encoder, broken, held_out.targets, doing[1])
+
+
+def _held_out_packs(plan: Plan) -> Packs:
+    """The packs to evaluate on, as many for each process."""
+    assert plan.prepared.held_out is not None
+    packs = pack_epoch(plan.prepared.held_out, plan.recipe.packing)
+    return Schedule(packs, [len(packs)], len(packs)).laid_out(plan.ranks.size)
 
 
 def _fill(

@@ -57,7 +57,7 @@ def load_computed(folder: Path, model: nn.Module, ranks: Ranks) -> None:
     with ExitStack() as stack:
         written = _Written(folder, stack)
         for name, parameter in trained(model):
-            if not hasattr(parameter, "ds_id"):
+            if not hasattr(parameter, "ds_tensor"):
                 parameter.data.copy_(written.read(name, VALUE, 0, parameter.numel()).view_as(parameter))
                 continue
             held = parameter.ds_tensor
@@ -102,7 +102,7 @@ def zero_slices(model: nn.Module, optimizer: Any) -> list[Slice]:
     for name, parameter in trained(model):
         if hasattr(parameter, "ds_id"):
             found.append(_of_stage_3(name, parameter, optimizer))
-        elif (held := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+        elif (held := parameter._hp_mapping) is not None:
             moments = {key: held.optim_fragment[key] for key in MOMENTS if held.optim_fragment}
             found.append(Slice(name, held.lp_fragment_address.start, {VALUE: held.hp_fragment, **moments}))
     return [each for each in found if each.kept[VALUE].numel()]
@@ -175,7 +175,7 @@ def sharded_slices(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[S
         _, offset = compute_local_shape_and_global_offset(
             parameter.shape,
             parameter.device_mesh,
-            parameter.placements,  # type: ignore[attr-defined]
+            parameter.placements,
         )
         start = offset[0] * parameter.shape[1:].numel() if parameter.dim() else 0
         flat = {what: tensor.to_local().view(-1) for what, tensor in kept.items()}
@@ -183,6 +183,6 @@ def sharded_slices(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[S
     return [each for each in found if each.kept[VALUE].numel()]
 
 
-def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that train, by name."""
+def trained(model: nn.Module) -> list[tuple[str, Any]]:
+    """The parameters that train, by name; with what DeepSpeed or FSDP has put at them."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
 
 from ..errors import RecipeError
 from ..recipe import LaunchRecipe, Recipe, recipes_dir
@@ -76,6 +79,24 @@ def strategy_arguments(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     if strategy == "single":
         return shared
     return shared | {"deepspeed": deepspeed_config(strategy)}
+
+
+def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:
+    """Have ZeRO-3 gather these parts of a model as a whole, where the module that they lie in begins.
+
+    By itself it gathers each layer when that is called. A pack's pictures go through the tower some at a time, so
+    that the processes call it unlike often, and would wait for each other for ever.
+    """
+    from deepspeed import zero
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for path in parts:
+        around = base.get_submodule(path.rpartition(".")[0])
+        for module in base.get_submodule(path).modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+            for parameter in module.parameters(recurse=False):
+                zero.register_external_parameter(around, parameter)
 
 
 def deepspeed_config(strategy: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
@@ -43,7 +45,7 @@ from .slices import (
     whole_weights,
     zero_slices,
 )
-from .strategy import strategy_arguments
+from .strategy import gather_at_once, strategy_arguments
 from .workers import Deaths, Doing, Feed, WorkerError
 
 SHARED = "shared.pt"
@@ -58,8 +60,12 @@ class Lasting(Trainer):
 
     numbers: Numbers
     ranks: Ranks = ALONE
+    seen_by: Sequence[str] = ()
+    """The parts of the model that pictures go through."""
     doing: Doing
     doing_held_out: Doing
+    held_out_share = 1.0
+    """Packs that are evaluated, by those of them that hold a sample."""
     keep: int | None = None
     """How many checkpoints are kept; the trainer's own way of removing them is left unused."""
     accepted = False
@@ -87,7 +93,7 @@ class Lasting(Trainer):
         kept = trains if isinstance(self.model, PeftModel) else list(self.model.parameters())
         return sum(p.numel() * p.element_size() for p in kept) + sum(8 * p.numel() for p in trains)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.numbers.counted(super().training_step(*args, **kwargs))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -123,6 +129,14 @@ class Lasting(Trainer):
             if self.state.global_step:
                 self.save_now()
             raise
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the trainer's own; a mean over packs is one over those that are not there to fill up a round."""
+        found = super().evaluation_loop(*args, **kwargs)
+        for name in found.metrics:
+            if name.endswith("_loss"):
+                found.metrics[name] *= self.held_out_share
+        return found
 
     def _forget_evaluation(self) -> None:
         """Drop what was gathered of an evaluation that is begun anew."""
@@ -210,6 +224,8 @@ class Lasting(Trainer):
         if not self.is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if is_deepspeed_zero3_enabled():
+            gather_at_once(self.model, self.seen_by)
         if resume_from_checkpoint is not None:
             self._load_shares(Path(resume_from_checkpoint))
         return prepared
@@ -293,14 +309,23 @@ class ScoreTrainer(Lasting):
         self.labels = labels
         self.kept = get_act_offloading_ctx_manager(self.model, warn_if_no_head=False) if offloads else nullcontext()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.kept:  # as TRL's own trainer does
             return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As the trainer's own; packs of several processes, of unlike many samples, are filled up with unknown ones."""
+        loss, scores, targets = super().prediction_step(*args, **kwargs)
+        if self.ranks.size == 1 or scores is None or targets is None:
+            return loss, scores, targets
+        unknown = math.nan if targets.is_floating_point() else IGNORE
+        pad = partial(self.accelerator.pad_across_processes, dim=0)
+        return loss, pad(scores), pad(targets, pad_index=unknown)
 
     def _metrics(self, found: EvalPrediction) -> dict[str, float | None]:
         return score_metrics(self.labels, found.predictions, found.label_ids)
 
-    def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
         """Known targets of a step's packs: the trainer's own count takes NaN for a number, and -100.0 for none."""
         targets = [batch["labels"] for batch in batch_samples]
         known = [~t.isnan() if t.is_floating_point() else t != IGNORE for t in targets]
