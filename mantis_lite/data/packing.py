@@ -41,7 +41,7 @@ def plan(
     [[0, 2], [1]]
     """
     sizes = np.asarray(lengths, dtype=np.int64).reshape(-1, 2)
-    assert not len(too_long(sizes, budget.tokens, touch or 0)), "a sample larger than a pack"
+    assert (needed(sizes, touch) <= budget.tokens).all(), "a sample larger than a pack"
     units = _patch_units(sizes[:, 1], budget.patches)
     random = np.random.default_rng((seed, epoch))
     packs = _packed(sizes[:, 0], units, budget.tokens, random)
@@ -50,10 +50,9 @@ def plan(
     return packs.take(random.permutation(len(packs)))
 
 
-def too_long(lengths: np.ndarray, max_length: int, touch: int) -> np.ndarray:
-    """Indices of the samples that no pack holds: of more tokens, or without patches and with too little room for a
-    blank picture of `touch` tokens."""
-    return np.flatnonzero(lengths[:, 0] + np.where(lengths[:, 1] == 0, touch, 0) > max_length)
+def needed(lengths: np.ndarray, touch: int | None) -> np.ndarray:
+    """Tokens that a pack has for each sample alone, (S,): its own, and `touch` for a BLANK where it has no patches."""
+    return lengths[:, 0] + np.where(lengths[:, 1] == 0, touch or 0, 0)
 
 
 def spread(lengths: np.ndarray, costs: np.ndarray, cost: float, budget: Length, touch: int | None = None) -> Packs:
