@@ -13,7 +13,7 @@ import pyarrow
 from ..errors import SampleError
 from .collate import Batch, collate
 from .encode import IGNORE, Encoded, Encoder
-from .packs import Packs
+from .packs import BLANK, Packs
 from .vision import Vision
 
 MOST_IN_A_ROW = 100
@@ -27,15 +27,17 @@ def pack_dataset(
     broken: Callable[[SampleError], None],
     targets: np.ndarray | None = None,
     doing: Callable[[int], None] | None = None,
+    touch: bool = False,
 ) -> datasets.Dataset:
     """A datasets.Dataset with a row a pack, encoded when it is asked for: pixels are decoded nowhere else.
 
     `broken` is told of a picture or clip whose header was sound and whose pixels are not; where it returns, the pack
     goes on without that sample. A pack with no other becomes a stand-in without loss, so that the step has a batch.
     More than MOST_IN_A_ROW such samples are an error all the same. `targets` (S, ...) are what a score head is to say
-    of the samples. `doing` is told of each before it is encoded.
+    of the samples. `doing` is told of each before it is encoded. With `touch` a pack that has lost its pictures gets a
+    blank one, as those have that never had any.
     """
-    encode = _Encode(samples, encoder, broken, targets, doing)
+    encode = _Encode(samples, encoder, broken, targets, doing, touch)
     features = datasets.Features({"pack": datasets.List(datasets.Value("int32"))})
     offsets = pyarrow.array(np.concatenate([[0], packs.ends]), pyarrow.int32())
     column = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(packs.members))
@@ -56,17 +58,21 @@ class _Encode:
     broken: Callable[[SampleError], None]
     targets: np.ndarray | None
     doing: Callable[[int], None] | None
+    touch: bool
     failed: int = 0
 
     def __call__(self, rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
         return {"encoded": [self._pack(pack) for pack in rows["pack"]]}
 
     def _pack(self, pack: list[int]) -> list[Encoded]:
-        found = [self._sample(index) for index in pack]
-        if encoded := [sample for sample in found if sample is not None]:
-            return encoded
-        nothing = self.encoder.nothing()
-        return [nothing if self.targets is None else replace(nothing, target=_unknown(self.targets[0]))]
+        found = [self._sample(index) for index in pack if index != BLANK]
+        encoded = [sample for sample in found if sample is not None]
+        if BLANK in pack or (self.touch and not any(sample.pixels for sample in encoded)):
+            encoded.append(self._without_loss(self.encoder.blank()))
+        return encoded or [self._without_loss(self.encoder.nothing())]
+
+    def _without_loss(self, encoded: Encoded) -> Encoded:
+        return encoded if self.targets is None else replace(encoded, target=_unknown(self.targets[0]))
 
     def _sample(self, index: int) -> Encoded | None:
         if self.doing is not None:

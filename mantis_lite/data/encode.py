@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import chain
 
 import numpy as np
+import PIL.Image
 from tokenizers import Tokenizer
 
 from ..errors import SampleError
@@ -24,6 +25,12 @@ from .vision import Pixels, Runs, Size, Vision
 
 IGNORE = -100
 """The label of a position without loss."""
+
+BLANKS: tuple[Size, ...] = ((28, 28), (280, 28))
+"""Shapes of a blank picture: the one of fewer patches is taken, as a narrow one may have fewer tiles."""
+
+GREY = (64, 64, 64)
+"""The colour of a blank picture. Middle grey could become 0, which Idefics' models take for padding."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,25 @@ class Encoder:
         """The least there can be, without loss: what a pack holds that has lost all its samples."""
         tokens = (self.template.end, *((self.score and self.score.tokens) or (self.template.end,)))
         return self._finish([self.token_id(token) for token in tokens], [IGNORE] * len(tokens), [], [])
+
+    def blank(self) -> Encoded:
+        """A plain picture without loss: the vision tower has something to do in a pack without pictures, too."""
+        assert self.features is None, "kept features have none of a blank picture"
+        ids = self.picture_ids(self.blank_size).tolist()
+        scored = [self.token_id(token) for token in (self.score.tokens if self.score else ())]
+        pixels = self.vision.pixels(PIL.Image.new("RGB", self.blank_size, GREY))
+        return self._finish([*ids, *scored], [IGNORE] * (len(ids) + len(scored)), [(0, len(ids))], [pixels])
+
+    def blank_length(self) -> Measured:
+        """The length of `blank`."""
+        scored = len(self.score.tokens) if self.score else 0
+        tokens = len(self.picture_ids(self.blank_size)) + scored
+        return Measured(tokens, self.vision.patches(self.blank_size), 1)
+
+    @property
+    def blank_size(self) -> Size:
+        """The (width, height) of a blank picture."""
+        return min(BLANKS, key=self.vision.patches)
 
     def token_id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .packs import Packs
+from .packs import BLANK, Packs
 
 
 class Length(NamedTuple):
@@ -22,27 +23,70 @@ PATCH_UNITS = 64
 """The patch budget is counted in this many units, a sample's share rounded up: few distinct values keep the search
 short, and rounding up cannot exceed the budget."""
 
+SLACK = 0.03
+"""The share of their tokens that packs of equal cost have free at least, so that there is a choice of places."""
 
-def plan(lengths: Sequence[Length] | np.ndarray, budget: Length, seed: int, epoch: int = 0) -> Packs:
+
+def plan(
+    lengths: Sequence[Length] | np.ndarray, budget: Length, seed: int, epoch: int = 0, touch: int | None = None
+) -> Packs:
     """Group samples into packs that stay within both budgets; packs and equal lengths come in a seeded random order.
 
     Best-fit decreasing (Johnson 1973) over all samples: the longest first, each into the fullest pack that has room
     for its tokens and its patches. `lengths` is (S, 2), tokens and patches; every index appears exactly once. A
-    `budget.patches` of 0 sets no limit on patches. Every sample must fit a pack of its own.
+    `budget.patches` of 0 sets no limit on patches. Every sample must fit a pack of its own. With `touch`, a pack
+    without patches ends in a BLANK of so many tokens, for which there is room.
 
     >>> sorted(map(sorted, plan([Length(6, 0), Length(5, 0), Length(4, 0)], Length(10, 0), seed=0)))
     [[0, 2], [1]]
     """
     sizes = np.asarray(lengths, dtype=np.int64).reshape(-1, 2)
-    assert (sizes[:, 0] <= budget.tokens).all(), "a sample larger than a pack"
+    assert (needed(sizes, touch) <= budget.tokens).all(), "a sample larger than a pack"
     units = _patch_units(sizes[:, 1], budget.patches)
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(sizes))
-    order = order[np.lexsort((-units[order], -sizes[order, 0]))]  # stable: equal samples stay shuffled
-    pack_of, packs = _best_fit(sizes[order, 0], units[order], budget.tokens)
-    members = order[np.argsort(pack_of, kind="stable")].astype(np.int32)
-    made = Packs(members, np.cumsum(np.bincount(pack_of, minlength=packs), dtype=np.int64))
-    return made.take(random.permutation(packs))
+    packs = _packed(sizes[:, 0], units, budget.tokens, random)
+    if touch is not None:
+        packs = _with_blanks(packs, sizes, units, budget.tokens - touch, random)
+    return packs.take(random.permutation(len(packs)))
+
+
+def needed(lengths: np.ndarray, touch: int | None) -> np.ndarray:
+    """Tokens that a pack has for each sample alone, (S,): its own, and `touch` for a BLANK where it has no patches."""
+    return lengths[:, 0] + np.where(lengths[:, 1] == 0, touch or 0, 0)
+
+
+def spread(lengths: np.ndarray, costs: np.ndarray, cost: float, budget: Length, touch: int | None = None) -> Packs:
+    """Group a few samples into packs of equal cost, at most about `cost`; budgets and `touch` are those of `plan`.
+
+    The costliest first, each into the cheapest pack that has room for it (Graham 1969).
+
+    >>> spread(np.array([[4, 0], [3, 0], [2, 0], [1, 0]]), np.array([4.0, 3.0, 2.0, 1.0]), 6.0, Length(9, 0))
+    Packs.of([[0, 3], [1, 2]])
+    """
+    room = budget.tokens - (touch or 0)  # in any pack, as it is not known which will have no patches
+    count = math.ceil(max(costs.sum() / cost, lengths[:, 0].sum() / ((1 - SLACK) * room)))
+    rows: list[list[int]] = [[] for _ in range(count)]
+    held, spent = np.zeros((count, 2), dtype=np.int64), np.zeros(count)
+    for index in costs.argsort(kind="stable")[::-1].tolist():
+        fits = held[:, 0] + lengths[index, 0] <= room
+        if budget.patches:
+            fits &= held[:, 1] + lengths[index, 1] <= budget.patches
+        at = int(np.where(fits, spent, np.inf).argmin())
+        if not fits[at]:  # a pack more
+            at = len(rows)
+            rows.append([])
+            held, spent = np.append(held, [[0, 0]], axis=0), np.append(spent, 0.0)
+        rows[at].append(index)
+        held[at] += lengths[index]
+        spent[at] += costs[index]
+    packs = Packs.of(row for row in rows if row)
+    return packs if touch is None else add_blanks(packs, lengths[:, 1])
+
+
+def add_blanks(packs: Packs, patches: np.ndarray) -> Packs:
+    """The packs, those whose samples have no `patches` (S,) with a BLANK at their end."""
+    bare = packs.sums(patches) == 0
+    return Packs(np.insert(packs.members, packs.ends[bare], np.int32(BLANK)), packs.ends + bare.cumsum())
 
 
 def fill(lengths: Sequence[Length] | np.ndarray, packs: int, max_length: int) -> float:
@@ -55,6 +99,25 @@ def _patch_units(patches: np.ndarray, budget: int) -> np.ndarray:
         return np.zeros_like(patches)
     assert (patches <= budget).all(), "a sample with more patches than a pack"
     return -(-patches * PATCH_UNITS // budget)
+
+
+def _packed(tokens: np.ndarray, units: np.ndarray, max_length: int, random: np.random.Generator) -> Packs:
+    order = random.permutation(len(tokens))
+    order = order[np.lexsort((-units[order], -tokens[order]))]  # stable: equal samples stay shuffled
+    pack_of, packs = _best_fit(tokens[order], units[order], max_length)
+    members = order[np.argsort(pack_of, kind="stable")].astype(np.int32)
+    return Packs(members, np.cumsum(np.bincount(pack_of, minlength=packs), dtype=np.int64))
+
+
+def _with_blanks(
+    packs: Packs, sizes: np.ndarray, units: np.ndarray, max_length: int, random: np.random.Generator
+) -> Packs:
+    """Packs with a BLANK where they need one; those without patches that have no room for it are packed anew."""
+    full = (packs.sums(sizes[:, 1]) == 0) & (packs.sums(sizes[:, 0]) > max_length)
+    text = packs.take(np.flatnonzero(full)).samples
+    again = _packed(sizes[text, 0], units[text], max_length, random)
+    packs = Packs.join([packs.take(np.flatnonzero(~full)), Packs(text[again.members], again.ends)])
+    return add_blanks(packs, sizes[:, 1])
 
 
 def _best_fit(tokens: np.ndarray, units: np.ndarray, max_length: int) -> tuple[np.ndarray, int]:

@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import overload
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 BLANK = -1
 """Stands in a pack for a blank picture rather than a sample: the vision tower has something to do then."""
@@ -56,7 +57,7 @@ class Packs(Sequence[list[int]]):
         """All packs' samples in order, without blank pictures."""
         return self.members[self.members != BLANK]
 
-    def sums(self, values: np.ndarray, blank: float = 0) -> np.ndarray:
+    def sums(self, values: np.ndarray, blank: ArrayLike = 0) -> np.ndarray:
         """What samples' `values` (S, ...) come to in each pack, (P, ...); that of a blank picture is `blank`."""
         found = values[self.members]  # BLANK reads the last sample's, which is replaced
         found[self.members == BLANK] = blank

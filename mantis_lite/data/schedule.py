@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, RecipeError
 from ..recipe import PackingRecipe
-from .packing import Length, plan
+from .balance import LIMIT, group
+from .cost import Cost
+from .packing import Length, add_blanks, plan, spread
 from .packs import BLANK, Packs
 from .prepare import Samples
 
@@ -67,25 +70,35 @@ class Schedule:
         return Packs.join([self.packs, nothing]).take(np.concatenate([whole.ravel(), rest]))
 
 
-def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0) -> Packs:
-    """The packs of one epoch, by seed and epoch; one sample a pack where packing is off."""
+def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0, touch: int | None = None) -> Packs:
+    """The packs of one epoch, by seed and epoch; one sample a pack where packing is off.
+
+    With `touch`, those without pictures have a blank one of so many tokens.
+    """
     indices = _draw(samples, packing.seed, epoch).astype(np.int32)
     if packing.enabled:
-        budget = Length(packing.max_length, packing.max_patches or 0)
-        packs = plan(samples.lengths[indices], budget, packing.seed, epoch)
-        return Packs(indices[packs.members], packs.ends)
+        packs = plan(samples.lengths[indices], _budget(packing), packing.seed, epoch, touch)
+        return _of_samples(packs, indices)
     members = np.random.default_rng((packing.seed, epoch)).permutation(indices)
-    return Packs(members, np.arange(1, len(members) + 1))
+    packs = Packs(members, np.arange(1, len(members) + 1))
+    return packs if touch is None else add_blanks(packs, samples.lengths[:, 1])
 
 
 def schedule(
-    samples: Samples, packing: PackingRecipe, train: dict[str, Any], ranks: int = 1, touch: int | None = None
+    samples: Samples,
+    packing: PackingRecipe,
+    train: dict[str, Any],
+    ranks: int = 1,
+    touch: int | None = None,
+    cost: Cost | None = None,
 ) -> Schedule:
     """Lay out all packs of a run: `num_train_epochs` of them, or enough for `max_steps`.
 
-    Raises DataError where no sample is drawn, and RecipeError where no epoch is asked for.
+    As many packs in a row as GPUs take at once are alike in `cost`, but for those at the end of the run that are fewer.
+    Packs that have no such group in their epoch are in the next. Raises DataError where no sample is drawn, and
+    RecipeError where no epoch is asked for.
     """
-    first = pack_epoch(samples, packing)
+    first = pack_epoch(samples, packing, 0, touch)
     if not len(first):
         raise DataError("data: the sources' weights leave no row in an epoch\n  Raise the weight of one of them.")
     epochs, max_steps = float(train.get("num_train_epochs", 3)), train.get("max_steps", -1)
@@ -93,29 +106,95 @@ def schedule(
         raise RecipeError("train.num_train_epochs: expected more than 0\n  Set it, or train.max_steps.")
     balance = ranks if packing.balance == "auto" else packing.balance
     per_step, notices = _per_step(samples, first, train, balance)
+    groups = _Groups(samples, packing, balance, touch, cost or Cost())
     parts: list[Packs] = []
     sizes: list[int] = []
-    wanted = 0
-    while wanted < max_steps * per_step if max_steps > 0 else len(sizes) < epochs:
-        new = pack_epoch(samples, packing, len(sizes)) if sizes else _costliest_early(first, samples, per_step)
-        wanted += len(new) if max_steps > 0 else math.ceil(len(new) * min(1.0, epochs - len(sizes)))
+    while sum(sizes) < max_steps * per_step if max_steps > 0 else len(sizes) < epochs:
+        epoch = len(sizes)
+        new = groups.of(first if epoch == 0 else pack_epoch(samples, packing, epoch, touch), epoch)
+        parts.append(_costliest_early(new, samples, per_step, balance) if epoch == 0 else new)
         sizes.append(len(new))
-        parts.append(new)
-    packs = Packs.join(parts)[: max_steps * per_step if max_steps > 0 else wanted]
-    return Schedule(packs, sizes, per_step, balance, touch, notices)
+    if max_steps > 0:
+        packs = Packs.join(parts)[: max_steps * per_step]
+    else:
+        sizes[-1] += len(groups.left)
+        packs = Packs.join([*parts, groups.left])
+        begun = math.ceil(sizes[-1] * min(1.0, epochs - len(sizes) + 1))  # of the last epoch
+        packs = packs[: len(packs) - sizes[-1] + begun]
+    return Schedule(packs, sizes, per_step, balance, touch, [*notices, *groups.notices])
 
 
-def _costliest_early(packs: Packs, samples: Samples, per_step: int) -> Packs:
-    """An epoch's packs, the two costliest first in the first two steps: a run that does not fit fails at once.
+@dataclass
+class _Groups:
+    """Epochs' packs in groups of `size` that are alike in cost; `left` are those that have none, so far."""
+
+    samples: Samples
+    packing: PackingRecipe
+    size: int
+    touch: int | None
+    cost: Cost
+    left: Packs = field(default_factory=lambda: Packs.of([]))
+    made: int = 0
+    unlike: int = 0
+
+    def of(self, packs: Packs, epoch: int) -> Packs:
+        """The groups of an epoch's packs and those that were left, end to end."""
+        if self.size == 1:
+            return packs
+        random = np.random.default_rng((self.packing.seed, epoch, 2))
+        repack = self._repack if self.packing.enabled else None
+        found = group(Packs.join([self.left, packs]), self.size, self._costs, repack, random)
+        self.left = found.left
+        self.made += len(found.packs) // self.size
+        self.unlike += found.unlike
+        return found.packs
+
+    @property
+    def notices(self) -> list[str]:
+        """What is to be said of groups that are not alike."""
+        if not self.unlike:
+            return []
+        what = f"{self.unlike:,} of {self.made:,} times that {self.size} packs are worked on at once"
+        return [f"{what}, one costs over {LIMIT:.0%} more than their mean: the other GPUs wait for it"]
+
+    def _costs(self, packs: Packs) -> np.ndarray:
+        blank = self.cost.of(np.array([[self.touch or 0, 0]]))[0]
+        return packs.sums(self._of_samples, blank)
+
+    @cached_property
+    def _of_samples(self) -> np.ndarray:
+        return self.cost.of(self.samples.lengths)
+
+    def _repack(self, indices: np.ndarray, cost: float) -> Packs:
+        lengths = self.samples.lengths[indices]
+        packs = spread(lengths, self._of_samples[indices], cost, _budget(self.packing), self.touch)
+        return _of_samples(packs, indices)
+
+
+def _costliest_early(packs: Packs, samples: Samples, per_step: int, balance: int) -> Packs:
+    """An epoch's packs, the two costliest groups first in the first two steps: a run that does not fit fails at once.
 
     By tokens and patches, each as a share of the most. In the second step the optimiser's moments are there as well.
     """
     if len(packs) <= per_step:
         return packs
     costs = packs.sums(samples.lengths).astype(np.float64)
-    order = (costs / np.maximum(costs.max(0), 1)).sum(1).argsort(kind="stable")[::-1]
-    rest = np.delete(np.arange(len(packs)), order[:2])
-    return packs.take(np.insert(rest, [0, per_step - 1], order[[1, 0]]))
+    costs = (costs / np.maximum(costs.max(0), 1)).sum(1).reshape(-1, balance).max(1)
+    order = costs.argsort(kind="stable")[::-1]
+    rest = np.delete(np.arange(len(costs)), order[:2])
+    groups = np.insert(rest, [0, per_step // balance - 1], order[[1, 0]])
+    return packs.take((groups[:, None] * balance + np.arange(balance)).ravel())
+
+
+def _budget(packing: PackingRecipe) -> Length:
+    return Length(packing.max_length, packing.max_patches or 0)
+
+
+def _of_samples(packs: Packs, indices: np.ndarray) -> Packs:
+    """Packs of indices, where they were planned of places in these."""
+    members = indices[packs.members]  # BLANK reads the last, which is replaced
+    members[packs.members == BLANK] = BLANK
+    return Packs(members, packs.ends)
 
 
 def _draw(samples: Samples, seed: int, epoch: int) -> np.ndarray:

@@ -10,6 +10,8 @@ import numpy as np
 from ..data import media
 from ..data.encode import Encoder
 from ..data.lengths import Measured
+from ..data.packing import needed
+from ..data.packs import BLANK
 from ..data.prepare import Samples, too_large
 from ..data.schedule import Schedule, pack_epoch, schedule
 from ..data.vision import Size, Vision, bounded
@@ -50,7 +52,8 @@ class Planned:
 
     @property
     def longest(self) -> int:
-        return max(int(samples.lengths[:, 0].max()) for samples in (self.samples, self.held_out) if samples is not None)
+        both = [samples.lengths for samples in (self.samples, self.held_out) if samples is not None]
+        return max(int(needed(lengths, self.plan.touch).max()) for lengths in both)
 
     @property
     def why_no_shorter(self) -> str:
@@ -72,7 +75,7 @@ class Planned:
         if recipe.media != self.recipe.media:
             encoder = self.checkpoint.encoder(recipe)
             samples = self._measured_again(encoder, recipe)
-            plan = replace(plan, packs=pack_epoch(samples, recipe.packing))
+            plan = replace(plan, packs=pack_epoch(samples, recipe.packing, touch=plan.touch))
         return list(largest_packs(plan, samples, encoder).values()), plan.per_step > 1
 
     def _plan(self, recipe: Recipe) -> Schedule:
@@ -88,8 +91,9 @@ class Planned:
 
     def where(self, pack: Pack) -> str:
         """Where the samples of a pack stand, the first few."""
-        named = [self.samples[index].where for index in pack.members[:NAMED]]
-        more = len(pack.members) - len(named)
+        members = [index for index in pack.members if index != BLANK]
+        named = [self.samples[index].where for index in members[:NAMED]]
+        more = len(members) - len(named)
         return ", ".join(named) + (f" and {more:,} more" if more else "")
 
     def _measured_again(self, encoder: Encoder, recipe: Recipe) -> Samples:
@@ -153,18 +157,19 @@ def largest_packs(plan: Schedule, samples: Samples, encoder: Encoder) -> dict[in
 
 def pack_of(pack: Sequence[int], samples: Samples, encoder: Encoder) -> Pack:
     """Samples laid end to end: their tokens, those with loss, and their pictures' patches by their headers."""
-    tokens = samples.lengths[list(pack), 0]
-    scored = sum(encoder.supervised(samples[index]) for index in pack)
+    tokens = [encoder.blank_length().tokens if index == BLANK else int(samples.lengths[index, 0]) for index in pack]
+    scored = sum(encoder.supervised(samples[index]) for index in pack if index != BLANK)
     pictures = sizes(pack, samples, encoder)
     grids = [each for size in pictures for each in grids_of(encoder.vision, size)]
     shown = sum(encoder.vision.placeholders(size) for size in pictures)
-    return Pack(int(tokens.sum()), int(tokens.max()), max(1, scored), tuple(grids), shown=shown, members=tuple(pack))
+    return Pack(sum(tokens), max(tokens), max(1, scored), tuple(grids), shown=shown, members=tuple(pack))
 
 
 def sizes(pack: Sequence[int], samples: Samples, encoder: Encoder) -> list[Size]:
-    """The (width, height) of a pack's pictures, from their headers."""
-    laid_out = (encoder.frames.lay_out(samples[index]) for index in pack)
-    return [media.size(image, sample, encoder.max_image_size) for sample in laid_out for image in sample.images]
+    """The (width, height) of a pack's pictures, from their headers; and of a blank one."""
+    laid_out = (encoder.frames.lay_out(samples[index]) for index in pack if index != BLANK)
+    found = [media.size(image, sample, encoder.max_image_size) for sample in laid_out for image in sample.images]
+    return [*found, encoder.blank_size] if BLANK in pack else found
 
 
 def grids_of(vision: Vision, size: Size) -> Sequence[tuple[int, int]]:
@@ -199,7 +204,7 @@ def _packs_a_step(recipe: Recipe) -> int:
 
 def _totals(plan: Schedule, samples: Samples) -> np.ndarray:
     """Tokens and patches of each pack, (P, 2)."""
-    return plan.packs.sums(samples.lengths)
+    return plan.packs.sums(samples.lengths, [plan.touch or 0, 0])
 
 
 def _candidates(plan: Schedule, samples: Samples) -> list[int]:
