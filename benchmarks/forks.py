@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from mantis_lite.errors import MantisError, Stopped
@@ -130,11 +131,10 @@ def _child(job: dict[str, Any], environment: dict[str, str], said: BinaryIO) -> 
     os.dup2(0, 1)
     os.dup2(said.fileno(), 2)
     os.environ.update(job.get("environment", {}) | environment)
-    if int(os.environ.get("RANK", 0)) != job.get("faulty", 0):
-        job = {key: value for key, value in job.items() if key != "faults"}
+    here = int(environment.get("RANK", 0)) == job.get("faulty", 0)
     code = 1
     try:
-        _train(job)
+        _train(job, faults(job) if here else [])
         code = 0
     except (MantisError, Stopped) as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
@@ -146,11 +146,11 @@ def _child(job: dict[str, Any], environment: dict[str, str], said: BinaryIO) -> 
     os._exit(code)
 
 
-def _train(job: dict[str, Any]) -> None:
+def _train(job: dict[str, Any], callbacks: list[TrainerCallback]) -> None:
     if job.get("stock"):
-        stock.train(job["settings"], faults(job))
+        stock.train(job["settings"], callbacks)
         return
-    started = run.start(make_recipe(job["settings"]), faults(job), **job.get("options", {}))
+    started = run.start(make_recipe(job["settings"]), callbacks, **job.get("options", {}))
     os.write(2, "".join(f"notice: {notice}\n" for notice in started.notices).encode())
     started.train()
 

@@ -104,7 +104,8 @@ def test_a_loss_that_is_no_number_names_its_pack(llava_folder, tmp_path):
     layer.norm = Breaks(layer.norm)
     run.train()
     (line,) = lines_of(tmp_path / "run/skipped.jsonl")
-    assert line == {"step": 2, "found": "the loss is not finite", "samples": [run.prepared.train.called(index) for index in wanted]}
+    names = [run.prepared.train.called(index) for index in wanted]
+    assert line == {"step": 2, "found": "the loss is not finite", "samples": names}
 
 
 def test_weights_that_are_lost_end_the_run_with_the_last_good_checkpoint(llava_folder, tmp_path):

@@ -45,7 +45,7 @@ def launch(recipe: Recipe, words: Sequence[str], environ: Mapping[str, str] = os
 def launch_config(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> LaunchConfig:
     """How torch is to start the processes of a recipe. Raises RecipeError."""
     nodes, gpus = recipe.launch.nodes, _gpus(recipe)
-    shared: dict[str, Any] = {"nproc_per_node": gpus, "max_restarts": 0, "start_method": "spawn", "logs_specs": DefaultLogsSpecs()}
+    shared: dict[str, Any] = {"nproc_per_node": gpus, "max_restarts": 0, "logs_specs": DefaultLogsSpecs()}
     if nodes == 1:
         place: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
         return LaunchConfig(1, 1, local_addr="localhost", **place, **shared)

@@ -26,7 +26,7 @@ from .jsonlines import keep_whole_lines
 from .lock import Lock
 from .picked import Settled, as_started, notices_of, settle
 from .ranks import ALONE, Ranks
-from .resume import LABELS, Resumed, compare_data, find_resumed, write_rows
+from .resume import LABELS, Resumed, balanced_as_begun, compare_data, find_resumed, write_rows
 
 
 @dataclass
@@ -118,7 +118,8 @@ def make_plan(
 
     Raises RecipeError, ResumeError, DataError, SampleError and FitError.
     """
-    recipe, resumed = asked, Resumed(None, [], [])
+    asked = recipe = balanced_as_begun(asked, ranks, from_scratch)
+    resumed = Resumed(None, [], [])
     if not from_scratch and asked.run_dir.is_dir():
         lock.take()
         recipe = as_started(asked)

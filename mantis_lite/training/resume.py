@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,7 +20,8 @@ from ..errors import RecipeError, ResumeError, one_line
 from ..files import write_whole
 from ..models.load import working_dtype
 from ..recipe import Recipe, load_recipe
-from .checkpoints import newest, step_of
+from .checkpoints import newest, saved, step_of
+from .ranks import Ranks
 
 LABELS = "labels.json"
 """What the scores of a run of task=classify mean, in order."""
@@ -30,8 +32,13 @@ ROWS = "rows.npz"
 FIXED = ("model", "task", "method", "trainable", "lora", "head", "memory.quantize", "memory.optimizer")
 """What a checkpoint's tensors are made by: a run cannot go on with another."""
 
-FREE = ("train.save_steps", "train.save_total_limit", "train.dataloader_", "train.report_to", "train.run_name")
+FREE = (
+    *("train.save_steps", "train.save_total_limit", "train.dataloader_", "train.report_to", "train.run_name"),
+    *("launch.gpus", "launch.nodes"),
+)
 """What makes no difference to what is trained."""
+
+STRATEGY = "launch.strategy"
 
 REMEDY = "Add --from-scratch to move it aside, or set another run_dir."
 
@@ -67,13 +74,31 @@ def find_resumed(recipe: Recipe, accept_changes: bool) -> Resumed:
     if any((run_dir / done).exists() for done in ("adapter", "model")):
         raise ResumeError(f"run_dir: {run_dir} holds a finished run\n  {REMEDY}")
     checkpoint, skipped = newest(run_dir)
-    changed = list(_changes(_recipe_of(run_dir), recipe)) if checkpoint else []
+    before = _recipe_of(run_dir) if checkpoint else recipe
+    changed = list(_changes(before, recipe))
+    # What is in parts goes on in other parts, and what is whole as a whole.
+    same = before.sharded == recipe.sharded
+    free, fixed = ((*FREE, STRATEGY), FIXED) if same else (FREE, (*FIXED, STRATEGY))
     for change in changed:
-        if change.startswith(FIXED):
+        if change.startswith(fixed):
             raise ResumeError(f"run_dir: {run_dir} holds a run with another {change}\n  {REMEDY}")
-    if (refused := [change for change in changed if not change.startswith(FREE)]) and not accept_changes:
+    if (refused := [change for change in changed if not change.startswith(free)]) and not accept_changes:
         raise _refusal(run_dir, refused)
     return Resumed(checkpoint, skipped, changed, checkpoint is None and (run_dir / ROWS).is_file())
+
+
+def balanced_as_begun(recipe: Recipe, ranks: Ranks, from_scratch: bool) -> Recipe:
+    """The recipe with packing.balance settled: as the run was begun that goes on, else by the processes there are.
+
+    So its steps stay the same on another number of processes. Raises ResumeError.
+    """
+    if recipe.packing.balance != "auto":
+        return recipe
+    balance: Any = ranks.size
+    if saved(recipe.run_dir) and not from_scratch:
+        before = _recipe_of(recipe.run_dir).packing.balance
+        balance = 1 if before == "auto" else before
+    return recipe.model_copy(update={"packing": recipe.packing.model_copy(update={"balance": balance})})
 
 
 def compare_data(

@@ -49,7 +49,7 @@ def load_slices(folder: Path, slices: list[Slice]) -> None:
         written = _Written(folder, stack)
         for each in slices:
             for what, kept in each.kept.items():
-                kept.copy_(written.read(each.name, what, each.start, kept.numel()))
+                kept.data.copy_(written.read(each.name, what, each.start, kept.numel()))
 
 
 def load_computed(folder: Path, model: nn.Module, ranks: Ranks) -> None:

@@ -27,6 +27,7 @@ from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError
 from ..metrics import score_metrics
 from ..models.activations import tile_loss
+from ..models.head import score_loss
 from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
@@ -134,7 +135,7 @@ class Lasting(Trainer):
         """As the trainer's own; a mean over packs is one over those that are not there to fill up a round."""
         found = super().evaluation_loop(*args, **kwargs)
         for name in found.metrics:
-            if name.endswith("_loss"):
+            if name.endswith("_loss") and self.args.prediction_loss_only:
                 found.metrics[name] *= self.held_out_share
         return found
 
@@ -313,17 +314,23 @@ class ScoreTrainer(Lasting):
         with self.kept:  # as TRL's own trainer does
             return super().training_step(*args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As the trainer's own; packs of several processes, of unlike many samples, are filled up with unknown ones."""
-        loss, scores, targets = super().prediction_step(*args, **kwargs)
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[None, Tensor | None, Tensor | None]:
+        """As the trainer's own, but for the loss, which it would weigh by how many samples the packs at hand have.
+
+        Packs of several processes, of unlike many samples, are filled up with unknown ones.
+        """
+        _, scores, targets = super().prediction_step(*args, **kwargs)
         if self.ranks.size == 1 or scores is None or targets is None:
-            return loss, scores, targets
+            return None, scores, targets
         unknown = math.nan if targets.is_floating_point() else IGNORE
         pad = partial(self.accelerator.pad_across_processes, dim=0)
-        return loss, pad(scores), pad(targets, pad_index=unknown)
+        return None, pad(scores), pad(targets, pad_index=unknown)
 
     def _metrics(self, found: EvalPrediction) -> dict[str, float | None]:
-        return score_metrics(self.labels, found.predictions, found.label_ids)
+        scores, targets = torch.from_numpy(found.predictions), torch.from_numpy(found.label_ids)
+        config = self.model.config
+        loss = score_loss(scores, targets, config.problem_type, config.class_weights)
+        return {"loss": loss.item()} | score_metrics(self.labels, found.predictions, found.label_ids)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
         """Known targets of a step's packs: the trainer's own count takes NaN for a number, and -100.0 for none."""

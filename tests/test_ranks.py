@@ -1,0 +1,137 @@
+"""Two processes train as one with twice the packs a step: by DDP and DeepSpeed, stopped and not, and on as one."""
+
+import json
+import os
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from families import save
+from helpers import chat, logs_of, losses, write_rows
+from safetensors.torch import load_file
+
+from benchmarks.forks import Forks
+from mantis_lite.training.checkpoints import saved
+
+pytestmark = pytest.mark.slow
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="make test-slow installs DeepSpeed")
+BY_DEEPSPEED = [pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3", "zero3_offload")]
+STRATEGIES = ["ddp", *BY_DEEPSPEED]
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def forks():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with Forks(*(["deepspeed"] if find_spec("deepspeed") else [])) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def idefics2(tmp_path_factory) -> Path:
+    return save("idefics2", tmp_path_factory.mktemp("idefics2"))
+
+
+def chat_rows(folder: Path) -> str:
+    """Rows with pictures of several shapes, and as many without."""
+    rows = [
+        chat(f"what is number {i}?", f"number {i} is red", images=(i,) if i % 2 else (), id=f"n{i}") for i in range(18)
+    ]
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+def scored_rows(folder: Path) -> str:
+    rows = [
+        {"images": chat("", images=(i,) if i % 3 else ())["images"], "prompt": f"row {i}", "labels": {"a": i % 4, "b": 1}}
+        for i in range(18)
+    ]
+    return write_rows(folder / "scored.jsonl", rows)
+
+
+def settings_of(model: Path, folder: Path, task: str = "chat", **more) -> dict:
+    """A short run whose parts all train, but for the tower; its steps are those of two processes."""
+    method = more.pop("method", "full")
+    rows = chat_rows(folder) if task == "chat" else scored_rows(folder)
+    return {
+        "model": str(model),
+        "data": {"sources": rows, "eval": 0.2},
+        "task": task,
+        "method": method,
+        "memory": {"kernels": "off"},
+        "packing": {"max_length": 160, "balance": 2},
+        "eval": {"every": 2},
+        "train": {"learning_rate": 0.01, "gradient_accumulation_steps": 2, "save_steps": 1, "seed": 3, "max_steps": 4}
+        | {"adam_epsilon": 1e-3},  # or a number whose gradient is nearly none goes by how that was rounded
+        **({"head": {"problem": "regression"}} if task == "classify" else {}),
+        **more,
+    }
+
+
+def trained(forks, settings: dict, run_dir: Path, strategy: str = "single", ranks: int | None = None, **job) -> dict:
+    launch = {} if ranks is None else {"launch": {"strategy": strategy, "gpus": ranks}}
+    return forks(settings | {"run_dir": str(run_dir)} | launch, ranks=ranks, **job)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*run_dir.glob("adapter/*.safetensors"), *run_dir.glob("model/*.safetensors")]
+    return load_file(file)
+
+
+def evaluated(run_dir: Path) -> list[float]:
+    return [log["eval_loss"] for log in logs_of(run_dir) if "eval_loss" in log]
+
+
+def assert_same(run_dir: Path, other: Path) -> None:
+    """The same losses, gradients, evaluations and weights."""
+    for of in (losses, evaluated, lambda run: [log["grad_norm"] for log in logs_of(run) if "grad_norm" in log]):
+        assert of(run_dir) == pytest.approx(of(other), rel=CLOSE, abs=CLOSE)
+    left, right = weights(run_dir), weights(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def alone(forks, idefics2, tmp_path_factory):
+    """One process, with twice the accumulation, of each task and method."""
+    runs: dict[tuple, tuple[dict, Path]] = {}
+
+    def run(task: str, method: str) -> tuple[dict, Path]:
+        if (task, method) not in runs:
+            folder = tmp_path_factory.mktemp("alone")
+            settings = settings_of(idefics2, folder, task, method=method)
+            answer = trained(forks, settings, folder / "run")
+            assert answer["status"] == 0, answer["said"]
+            runs[task, method] = settings, folder / "run"
+        return runs[task, method]
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("task", "method"), [("chat", "full"), ("chat", "lora"), ("classify", "full")])
+def test_two_processes_train_as_one(forks, alone, tmp_path, strategy, task, method):
+    settings, one = alone(task, method)
+    answer = trained(forks, settings, tmp_path / "run", strategy, 2)
+    assert answer["status"] == 0, answer["said"]
+    assert_same(tmp_path / "run", one)
+    steps = [int(folder.name.rpartition("-")[2]) for folder in saved(tmp_path / "run")]
+    assert steps == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_run_goes_on_with_as_many_processes_or_others(forks, alone, tmp_path, strategy, ranks):
+    """Both are killed at once, after the second step; one or two go on."""
+    settings, one = alone("chat", "full")
+    killed = trained(forks, settings, tmp_path / "run", strategy, 2, kill_at=3, saved=False, faulty=1)
+    assert killed["status"] == -signal.SIGKILL
+    assert saved(tmp_path / "run")[0].name == "checkpoint-2"
+    answer = trained(forks, settings, tmp_path / "run", strategy, ranks)
+    assert answer["status"] == 0, answer["said"]
+    assert "goes on from checkpoint-2" in answer["said"]
+    assert_same(tmp_path / "run", one)
