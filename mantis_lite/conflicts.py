@@ -86,11 +86,11 @@ def _launch_conflicts(recipe: Recipe) -> Iterator[str]:
     if recipe.sharded and recipe.memory.optimizer not in ("auto", "adamw_torch", "adamw_torch_fused"):
         found = f"{recipe.memory.optimizer}, but launch.strategy={strategy} keeps AdamW's moments in parts"
         yield f"memory.optimizer: {found}\n  Leave memory.optimizer out, or set launch.strategy=ddp."
-    if recipe.memory.vision_cache != "off" and strategy in ("zero3", "zero3_offload", "fsdp2"):
-        yield (
-            f"memory.vision_cache: {recipe.memory.vision_cache}, but launch.strategy={strategy} parts the tower\n  "
-            + ("Set memory.vision_cache=off, or launch.strategy=ddp or zero2.")
-        )
+    if recipe.memory.vision_cache != "off" and strategy != "single":
+        sharded = strategy in ("zero3", "zero3_offload", "fsdp2")
+        if sharded or recipe.part("projector") != "frozen":
+            why = f"launch.strategy={strategy} parts the tower" if sharded else "several GPUs train a projector with it"
+            yield f"memory.vision_cache: {recipe.memory.vision_cache}, but {why}\n  Set memory.vision_cache=off."
 
 
 def _media_conflicts(recipe: Recipe) -> Iterator[str]:

@@ -45,7 +45,11 @@ def chat_rows(folder: Path) -> str:
 
 def scored_rows(folder: Path) -> str:
     rows = [
-        {"images": chat("", images=(i,) if i % 3 else ())["images"], "prompt": f"row {i}", "labels": {"a": i % 4, "b": 1}}
+        {
+            "images": chat("", images=(i,) if i % 3 else ())["images"],
+            "prompt": f"row {i}",
+            "labels": {"a": i % 4, "b": 1},
+        }
         for i in range(18)
     ]
     return write_rows(folder / "scored.jsonl", rows)
@@ -92,7 +96,9 @@ def assert_same(run_dir: Path, other: Path) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert left[name].dtype == right[name].dtype, name
-        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            left[name], right[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text
+        )
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
+
 from ..data.encode import Encoder
+from ..data.packing import needed
 from ..data.prepare import Prepared, prepare, write_rejects
 from ..data.schedule import Schedule, schedule
+from ..errors import FitError
 from ..files import write_whole
 from ..memory.overrides import Work
 from ..memory.packs import Planned
@@ -130,11 +134,11 @@ def make_plan(
         projects(checkpoint.family, checkpoint.config.model_type, trained_parts(recipe))
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or schedule(prepared.train, recipe.packing, recipe.train, ranks.size)
+    packs = only or _schedule(recipe, encoder, prepared)
     settled = settle(_work(recipe, checkpoint, encoder, prepared, packs), recipe, gpu)
     if settled is not None:
         recipe = settled.recipe
-        packs = only or schedule(prepared.train, recipe.packing, recipe.train, ranks.size)
+        packs = only or _schedule(recipe, encoder, prepared)
     resumed = compare_data(resumed, recipe, prepared, packs, accept_changes)
     return Plan(asked, recipe, checkpoint, encoder, prepared, packs, resumed, settled, lock, ranks)
 
@@ -146,7 +150,7 @@ def follow_plan(told: Told, lock: Lock, ranks: Ranks, import_upstream: bool, onl
     encoder = checkpoint.encoder(recipe)
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or schedule(prepared.train, recipe.packing, recipe.train, ranks.size)
+    packs = only or _schedule(recipe, encoder, prepared)
     return Plan(recipe, recipe, checkpoint, encoder, prepared, packs, resumed, None, lock, ranks)
 
 
@@ -159,6 +163,32 @@ def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
     if recipe.model.adapter:
         find_adapter(recipe.model.adapter, import_upstream, recipe.model)
     return open_checkpoint(recipe.model)
+
+
+def _schedule(recipe: Recipe, encoder: Encoder, prepared: Prepared) -> Schedule:
+    """The packs of a run; where several GPUs train what sees, each pack has a picture. Raises FitError."""
+    parts = {recipe.part("projector"), recipe.part("vision_tower")}
+    touch = None
+    if recipe.packing.balance != 1 and (parts != {"frozen"} or recipe.model.adapter):
+        touch = encoder.blank_length().tokens
+        _make_room(prepared, recipe, touch)
+    return schedule(prepared.train, recipe.packing, recipe.train, touch=touch)
+
+
+def _make_room(prepared: Prepared, recipe: Recipe, touch: int) -> None:
+    """Leave out, or refuse, what has no picture and no room for a blank one. Raises FitError."""
+    most, samples = recipe.packing.max_length, prepared.train
+    fits = needed(samples.lengths, touch) <= most
+    if fits.all():
+        return
+    if recipe.data.oversize == "error":
+        first = samples[int(fits.argmin())]
+        tokens = samples.lengths[fits.argmin(), 0]
+        found = f"needs {tokens:,} tokens and {touch} of a blank picture; packing.max_length is {most:,}"
+        remedy = "Raise packing.max_length, or set data.oversize=drop. Several GPUs that train what sees need one each."
+        raise FitError(first.where, found, remedy, first.id)
+    prepared.oversize += int((~fits).sum())
+    prepared.train = samples.take(np.flatnonzero(fits))
 
 
 def _work(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared, packs: Schedule) -> Work:

@@ -345,7 +345,8 @@ def _datasets(
     train, held_out = plan.prepared.train, plan.prepared.held_out
     encoder = cache.encoder if cache else plan.encoder
     packs = plan.schedule.laid_out(plan.ranks.size)
-    shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0])
+    touch = plan.schedule.touch is not None
+    shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0], touch)
     if held_out is None:
         return shown, None
     return shown, pack_dataset(_held_out_packs(plan), held_out, encoder, broken, held_out.targets, doing[1])

@@ -99,37 +99,37 @@ class _Written:
 def zero_slices(model: nn.Module, optimizer: Any) -> list[Slice]:
     """The slices that a process holds of what trains under DeepSpeed's ZeRO, stage 2 or 3, in float32."""
     found = []
+    flats = _flats(optimizer)
     for name, parameter in trained(model):
-        if hasattr(parameter, "ds_id"):
-            found.append(_of_stage_3(name, parameter, optimizer))
+        if hasattr(parameter, "ds_tensor"):
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = size * optimizer._get_param_partition_rank(parameter)
+            size = min(size, parameter.ds_numel - start)  # the last one's is filled up
         elif (held := parameter._hp_mapping) is not None:
-            moments = {key: held.optim_fragment[key] for key in MOMENTS if held.optim_fragment}
-            found.append(Slice(name, held.lp_fragment_address.start, {VALUE: held.hp_fragment, **moments}))
-    return [each for each in found if each.kept[VALUE].numel()]
-
-
-def _of_stage_3(name: str, parameter: Any, optimizer: Any) -> Slice:
-    """A process's share of a parameter, without what fills up the last one's."""
-    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = size * optimizer._get_param_partition_rank(parameter)
-    real = max(0, min(size, parameter.ds_numel - start))
-    flat = optimizer.fp32_partitioned_groups_flat[group]
-    state = optimizer.optimizer.state.get(flat, {})
-    kept = {VALUE: flat, **{key: state[key] for key in MOMENTS if key in state}}
-    return Slice(name, start, {what: tensor.detach().narrow(0, offset, real) for what, tensor in kept.items()})
+            group, start = held.param_group_index, held.lp_fragment_address.start
+            size, offset = held.hp_fragment_address.numel, held.hp_fragment_address.start
+        else:
+            continue
+        if size > 0:
+            state = optimizer.optimizer.state.get(flats[group], {})
+            kept = {VALUE: flats[group].data, **{key: state[key] for key in MOMENTS if key in state}}
+            found.append(Slice(name, start, {what: flat.narrow(0, offset, size) for what, flat in kept.items()}))
+    return found
 
 
 def begin_moments(optimizer: Any, step: int) -> None:
     """Make room for the moments of ZeRO's Adam, as after so many steps, before the first is taken here."""
     inner = optimizer.optimizer
-    stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-    flats = optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
     fused = inner.param_groups[0].get("fused") or inner.param_groups[0].get("capturable")
-    for flat in flats:
+    for flat in _flats(optimizer):
         taken = torch.tensor(float(step), device=flat.device if fused else "cpu")
-        inner.state[flat] = {"step": taken, **{key: torch.zeros_like(flat) for key in MOMENTS}}
-    if not stage_3:
-        optimizer._lazy_init_hp_params_optimizer_state()
+        inner.state[flat] = {"step": taken, **{key: torch.zeros_like(flat.data) for key in MOMENTS}}
+
+
+def _flats(optimizer: Any) -> list[Tensor]:
+    """What a process holds of each group of parameters, laid flat."""
+    stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    return optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
 
 
 def steps_taken(states: Any) -> int:

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..conflicts import conflicts
 from ..errors import RecipeError
-from ..recipe import LaunchRecipe, Recipe, recipes_dir
+from ..recipe import Recipe, recipes_dir
 from .ranks import Ranks, is_launched, join, world
 
 
@@ -37,7 +38,11 @@ def settled_launch(recipe: Recipe) -> Recipe:
         )
     require_strategy(counted)
     launch = recipe.launch if size == 1 or size == asked else counted.launch
-    return recipe.model_copy(update={"launch": LaunchRecipe(**launch.model_dump() | {"strategy": strategy})})
+    launch = launch.model_copy(update={"strategy": strategy})
+    settled = recipe.model_copy(update={"launch": launch})
+    if problems := list(conflicts(settled)):
+        raise RecipeError("\n".join(problems))
+    return settled
 
 
 def require_strategy(recipe: Recipe) -> None:

@@ -239,7 +239,12 @@ class Lasting(Trainer):
         load_slices(checkpoint, self._slices())
         if self.is_deepspeed_enabled:
             load_computed(checkpoint, self.model, self.ranks)
-        self._go_on(lambda: self.lr_scheduler.load_state_dict(kept["scheduler"]))
+        self._go_on(partial(self._load_scheduler, kept["scheduler"]))
+
+    def _load_scheduler(self, state: dict[str, Any]) -> None:
+        self.lr_scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The weights alone: no pickle of the arguments, and no tokenizer that the base has as well.
