@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -85,7 +86,8 @@ def faults(job: dict[str, Any]) -> list[TrainerCallback]:
 
     `kill_at` a step, once it is `saved` or not; `signals` as (step, signal); `signal_in_evaluation`; `hold_at` (step,
     file) until it is there; `poison` as (step, "weights" or
-    "gradient"); `kill_worker` at a step; `progress` to a file.
+    "gradient"); `kill_worker` at a step; `limit` as (step, bytes) of each file that is written then; `progress` to a
+    file.
     """
     found: list[TrainerCallback] = []
     if "kill_at" in job:
@@ -101,9 +103,17 @@ def faults(job: dict[str, Any]) -> list[TrainerCallback]:
         found.append(AtStep(step, _poison_weights if what == "weights" else _poison_gradient))
     if "kill_worker" in job:
         found.append(AtStep(job["kill_worker"], lambda model: multiprocessing.active_children()[0].kill()))
+    if "limit" in job:
+        step, size = job["limit"]
+        found.append(AtStep(step, partial(_limit_files, size)))
     if "progress" in job:
         found.append(Progress(job["progress"]))
     return found
+
+
+def _limit_files(size: int, model: torch.nn.Module) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def _signal(number: int, model: torch.nn.Module) -> None:
@@ -111,7 +121,7 @@ def _signal(number: int, model: torch.nn.Module) -> None:
 
 
 def _trained(model: torch.nn.Module) -> torch.nn.Parameter:
-    return next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    return next(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _poison_weights(model: torch.nn.Module) -> None:

@@ -141,3 +141,59 @@ def test_a_run_goes_on_with_as_many_processes_or_others(forks, alone, tmp_path, 
     assert answer["status"] == 0, answer["said"]
     assert "goes on from checkpoint-2" in answer["said"]
     assert_same(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=needs_deepspeed)])
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(forks, alone, tmp_path, strategy):
+    settings, one = alone("chat", "full")
+    stopped = trained(forks, settings, tmp_path / "run", strategy, 2, signals=[(2, signal.SIGTERM)], faulty=1)
+    assert stopped["status"] == 128 + signal.SIGTERM, stopped["said"]
+    assert [folder.name for folder in saved(tmp_path / "run")] == ["checkpoint-2", "checkpoint-1"]
+    assert trained(forks, settings, tmp_path / "run", strategy, 2)["status"] == 0
+    assert_same(tmp_path / "run", one)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_gradient_that_is_no_number_in_one_process_is_skipped_by_all(forks, alone, tmp_path, strategy):
+    settings, _ = alone("chat", "lora")
+    answer = trained(forks, settings, tmp_path / "run", strategy, 2, poison=(2, "gradient"), faulty=1)
+    assert answer["status"] == 0, answer["said"]
+    (line,) = [json.loads(text) for text in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert (line["step"], line["found"]) == (2, "the gradient is not finite")
+    assert len(line["samples"]) > 4, "all packs of the step, of both processes"
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
+def test_a_disk_that_one_process_cannot_write_to_ends_all_with_the_last_checkpoint_whole(
+    forks, alone, tmp_path, strategy
+):
+    settings, one = alone("chat", "full")
+    limit = {"limit": (2, 1000)}  # bytes that a file may have, from the second step on
+    answer = trained(forks, settings, tmp_path / "run", strategy, 2, **limit, faulty=0 if strategy == "ddp" else 1)
+    assert answer["status"] == 6, answer["said"]
+    assert [folder.name for folder in saved(tmp_path / "run")] == ["checkpoint-1"]
+    assert trained(forks, settings, tmp_path / "run", strategy, 2)["status"] == 0
+    assert_same(tmp_path / "run", one)
+
+
+def test_a_checkpoint_in_parts_does_not_go_on_as_a_whole(forks, alone, tmp_path):
+    settings, _ = alone("chat", "full")
+    killed = trained(forks, settings, tmp_path / "run", "ddp", 2, kill_at=2)
+    assert killed["status"] == -signal.SIGKILL
+    answer = trained(forks, settings, tmp_path / "run", "zero2", 2)
+    assert answer["status"] == 7
+    assert 'holds a run with another launch.strategy: "ddp" before, "zero2" now' in answer["said"]
+
+
+def test_a_second_run_in_the_folder_is_refused_by_all_its_processes(forks, alone, tmp_path):
+    settings, _ = alone("chat", "lora")
+    with Forks() as others:
+        begun = others.begin(settings | {"run_dir": str(tmp_path / "run")}, hold_at=(2, str(tmp_path / "go")))
+        while not list(tmp_path.glob("run/checkpoint-1")):
+            time.sleep(0.05)
+        answer = trained(forks, settings, tmp_path / "run", "ddp", 2)
+        (tmp_path / "go").touch()
+        assert others.end(begun)["status"] == 0
+    assert answer["status"] == 7
+    assert "is in use by process" in answer["said"]
