@@ -35,8 +35,10 @@ def launch(recipe: Recipe, words: Sequence[str], environ: Mapping[str, str] = os
     try:
         elastic_launch(config, sys.executable)("-m", "mantis_lite", *words)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return 128 - first.exitcode if first.exitcode < 0 else first.exitcode  # ended by a signal
+        codes = [found.exitcode for found in error.failures.values()]
+        # The others end by 1 or are ended, once one has.
+        code = next((code for code in codes if code not in (1, -signal.SIGTERM)), codes[0])
+        return 128 - code if code < 0 else code
     except SignalException as error:
         return 128 + signal.Signals(error.sigval).value
     return 0

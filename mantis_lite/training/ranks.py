@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import distributed
+
+log = logging.getLogger("mantis_lite")
 
 PATIENCE = timedelta(hours=24)
 """How long processes wait for the first, which may have a million rows to read, or a checkpoint to write."""
@@ -34,8 +37,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        if self.group:
-            distributed.barrier(self.group)
+        self._together(distributed.barrier)
 
     @contextmanager
     def first(self) -> Iterator[bool]:
@@ -48,31 +50,38 @@ class Ranks:
 
     def told(self, value: Any = None) -> Any:
         """What the first process tells."""
-        if self.group is None:
-            return value
         values = [value]
-        distributed.broadcast_object_list(values, src=0, group=self.group)
+        self._together(lambda group: distributed.broadcast_object_list(values, src=0, group=group))
         return values[0]
 
     def gathered(self, value: Any) -> list[Any]:
         """What each process has, by rank."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value, group=self.group)
+        values = [value] * self.size
+        self._together(lambda group: distributed.all_gather_object(values, value, group=group))
         return values
 
     def highest(self, number: int) -> int:
         """The highest of the numbers that the processes have."""
-        if self.group is None:
-            return number
         found = torch.tensor(number)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, self.group)
+        self._together(lambda group: distributed.all_reduce(found, distributed.ReduceOp.MAX, group))
         return int(found)
 
     def all(self, flag: bool) -> bool:
         """Whether it is so for every process."""
         return not self.highest(not flag)
+
+
+    def _together(self, does: Callable[[distributed.ProcessGroup], object]) -> None:
+        """Do something with the other processes; where one has ended, which says why itself, end as well."""
+        if self.group is None:
+            return
+        try:
+            does(self.group)
+        except RuntimeError as error:
+            if "closed by peer" not in str(error) and "reset by peer" not in str(error):
+                raise
+            log.warning("process %d ends, as another has", self.rank)
+            raise SystemExit(1) from None
 
 
 ALONE = Ranks()
