@@ -1,7 +1,11 @@
 """Packs that are worked on at once cost about the same, whatever the number of GPUs; and steps do not depend on it."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from helpers import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +15,10 @@ from mantis_lite.data.packs import BLANK, Packs
 from mantis_lite.data.prepare import Samples
 from mantis_lite.data.schedule import Schedule, schedule
 from mantis_lite.recipe import PackingRecipe
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import balance, planning
 
 COST = Cost(per_token=1.0, per_token_squared=1 / 500, per_patch=0.5)
 PACKING = PackingRecipe(max_length=4000)
@@ -221,3 +229,15 @@ def test_a_step_that_is_not_as_asked_says_so(train, ranks, per_step, said):
     made = schedule(samples, packing, train | {"num_train_epochs": 1}, ranks, cost=COST)
     assert made.per_step == per_step
     assert made.notices == ([said] if said else [])
+
+
+@pytest.mark.parametrize("ranks", balance.RANKS)
+@pytest.mark.parametrize("kind", planning.KINDS)
+def test_mantis_instructs_lengths_are_balanced(kind, ranks):
+    """The bar: each micro-step and step of a run over 8, 64 and 512 GPUs, but for the last."""
+    samples = planning.samples_of(SHARED / "data/lengths/lengths-720548.npz", kind)
+    made = schedule(samples, PackingRecipe(), {"num_train_epochs": 1, "gradient_accumulation_steps": 2}, ranks)
+    costs = Cost().of(samples.lengths)
+    assert balance.above_mean(made, costs, ranks).max() <= LIMIT
+    assert balance.above_mean(made, costs, ranks, micro_steps=2).max() <= LIMIT
+    assert (np.bincount(made.packs.samples) == 1).all()
