@@ -161,6 +161,8 @@ def _found(name: str, overrides: Sequence[str], given: Mapping[str, str]) -> tup
         if done is None:
             remedy = "Train it to its end, `mantis-lite train`, or name one of its checkpoints."
             raise RecipeError(f"{name}: the run is not finished\n  {remedy}")
+        if done.name == "model" and load_recipe(path / RECIPE).task == "pretrain":
+            return _found(str(done), overrides, given)  # by its contract, which says how it is asked
         return done, load_recipe(path / RECIPE, overrides)
     if is_run(path.parent) and path.is_dir():
         if not any((path / file).is_file() for file in (CONFIG, NAME)):
@@ -176,6 +178,8 @@ def _found(name: str, overrides: Sequence[str], given: Mapping[str, str]) -> tup
             found = one_line(error)
             remedy = "Take it as it was written, or a newer mantis_lite."
             raise RecipeError(f"{folder / NAME}: its recipe cannot be used: {found}\n  {remedy}") from None
+        if contract.task == "pretrain":  # brought up on captions, it is asked in turns
+            settings |= {"task": "chat", "prompt": {}, "model": contract.base.name}
     elif (folder / CONFIG).is_file():
         adapter = read_settings(folder / CONFIG)
         base = {"name": adapter.get("base_model_name_or_path") or "", "revision": adapter.get("revision")}

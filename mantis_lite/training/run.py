@@ -30,6 +30,7 @@ from ..data.vision import Vision
 from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
+from ..models.assemble import with_weights
 from ..models.attention import chosen_attention
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
@@ -124,6 +125,7 @@ class Run(Plan):
         Raises DiskError, and DivergedError for weights that are no numbers.
         """
         full = self.recipe.method == "full"
+        encoder = self.checkpoint.encoder(self.recipe.in_use)
         folder = self.recipe.run_dir / ("model" if full else "adapter")
         self.trainer.numbers.require_finite(self.trainer.numbers.parameters, self.trainer.state.global_step)
         with written(folder, self.trainer.checkpoint_size()) as beside:
@@ -131,12 +133,12 @@ class Run(Plan):
             if full:
                 # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
                 self.checkpoint.copy_small_files(beside)
-                write_settings(beside, self.checkpoint, self.encoder, self.recipe)
+                write_settings(beside, self.checkpoint, encoder, self.recipe)
             if self.head is not None:
                 self.head.save_pretrained(beside)  # what the scores are; beside an adapter PEFT takes no notice of it
                 if self.encoder.score and self.encoder.score.tokens:
                     self.encoder.tokenizer.save(str(beside / "tokenizer.json"))
-            write_template(beside, self.encoder)
+            write_template(beside, encoder)
             used = open_checkpoint(ModelRecipe(name=str(beside))) if full else self.checkpoint
             contract = self._contract(used)
             contract.write(beside)
@@ -151,7 +153,7 @@ class Run(Plan):
             "model" if self.recipe.method == "full" else "adapter",
             self.recipe,
             self.checkpoint,
-            facts_of(used, used.encoder(self.recipe)),
+            facts_of(used, used.encoder(self.recipe.in_use)),
             self.prepared,
             working_dtype(),
             {name: value for name, value in kept.items() if isinstance(value, int | float | None)},
@@ -241,8 +243,9 @@ def train(
 
 def _load(plan: Plan, import_upstream: bool) -> Run:
     """Load the model, make it trainable, and give it to a trainer."""
+    training_arguments = arguments(plan.recipe, plan.schedule, plan.prepared.held_out is not None)
+    plan.checkpoint = with_weights(plan.checkpoint, training_arguments.seed)
     recipe, checkpoint, encoder, prepared = plan.recipe, plan.checkpoint, plan.encoder, plan.prepared
-    training_arguments = arguments(recipe, plan.schedule, prepared.held_out is not None)
     set_seed(training_arguments.seed)  # the trainer's own comes too late for an adapter's first values
     head = _head(plan)
     with telling("while the model was loaded", plan.work, recipe):
