@@ -188,7 +188,7 @@ def _what(contract: Contract) -> str:
     words = {"lora": "LoRA", "qlora": "QLoRA", "full": "a full fine-tune"}[contract.method]
     made = KINDS[contract.kind]
     if contract.task == "pretrain":
-        words = "a projector between them, on captions alone"
+        words = "training its projector alone, on captions"
         made = "Put together from" if len(contract.base.names) > 1 else "Trained on captions from"
     return (
         f"{made} {_base(contract)}. It {does}.{scores}\n\n"

@@ -34,12 +34,14 @@ WORDS = [
 ]
 
 
-def tokenizer(template: str = "llama_3", more: Sequence[str] = ("<image>",)) -> Tokenizer:
+def tokenizer(
+    template: str = "llama_3", more: Sequence[str] = ("<image>",), pad: Sequence[str] = ("<|pad|>",)
+) -> Tokenizer:
     """A byte-level BPE with the special tokens of one template, a family's own and `<|pad|>`."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    special = [*sorted(TEMPLATES[template].tokens), *more, "<|pad|>"]
+    special = [*sorted(TEMPLATES[template].tokens), *more, *pad]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=316 + len(special), special_tokens=special, initial_alphabet=alphabet, show_progress=False
