@@ -266,8 +266,14 @@ FAULTS = {
         lambda _, tower: (tower / "preprocessor_config.json").unlink(),
         r"model\.vision: .* has no preprocessor_config\.json",
     ),
-    "code of its own": (lambda llm, _: settings(llm, auto_map={"AutoModel": "x.y"}), r"auto_map: the checkpoint brings"),
-    "few embeddings": (lambda llm, _: settings(llm, vocab_size=300), r"has 300 embeddings, and its tokenizer an id 318"),
+    "code of its own": (
+        lambda llm, _: settings(llm, auto_map={"AutoModel": "x.y"}),
+        r"auto_map: the checkpoint brings",
+    ),
+    "few embeddings": (
+        lambda llm, _: settings(llm, vocab_size=300),
+        r"has 300 embeddings, and its tokenizer an id 318",
+    ),
     "other shapes": (
         lambda llm, _: settings(llm, intermediate_size=40),
         r"weights that do not fit its config: 6, first model\.language_model\.layers\.0\.mlp\.down_proj\.weight is "

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, golden_pictures, recipe
-from safetensors.torch import load_file
+from helpers import SHARED, golden_pictures, keeps_its_layout, recipe
 from transformers import AutoConfig
 
 from mantis_lite.data.collate import collate
@@ -216,8 +215,4 @@ def test_what_upstream_truncates_is_an_error(opened, pictures, name, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_saving_keeps_the_published_layout(opened, tmp_path, name):
     found, _, model = opened(name)
-    model.save_pretrained(tmp_path)
-    published = load_file(found.folder / "model.safetensors")
-    saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == published.keys()
-    assert all(torch.equal(saved[key], published[key]) for key in published)
+    keeps_its_layout(found, model, tmp_path)

@@ -53,7 +53,6 @@ def unpack(archive: Path) -> Path:
     described = archive.stat()
     key = blake2b(f"{archive.resolve()}\0{described.st_size}\0{described.st_mtime_ns}".encode(), digest_size=16)
 
-
     def write(folder: Path) -> None:
         _refuse(archive, _members(archive), shutil.disk_usage(folder.parent).free)
         _write(_members(archive), folder)

@@ -40,7 +40,8 @@ def parse(row: Mapping[str, Any], where: str, root: MediaFolder | None, task: Ta
 
     "<image>" in a turn's text is a mark, unless the turn is a list of typed parts or the row has no picture: there it
     stays text. "<video>" is one wherever the task reads clips, and never stays text there. A row of "classify" has one
-    turn, its prompt, and one of "pretrain" its first answer, a caption. "id" only names a row in messages: several may have the same.
+    turn, its prompt; one of "pretrain" has its first answer, a caption. "id" only names a row in messages: several may
+    have the same.
     """
     root = root or MediaFolder()
     try:

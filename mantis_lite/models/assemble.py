@@ -49,7 +49,7 @@ NEEDED = {"llm": ("config.json",), "vision": ("config.json", "preprocessor_confi
 TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What transformers reads beside a tokenizer, and names its special tokens."""
 ADDED = ("<image>", "<|pad|>")
-"""What stands for a picture, and what fills rows up; as published, the latter is no padding token of the tokenizer's."""
+"""What stands for a picture, and what fills rows up; as published, no tokenizer calls the latter its padding."""
 
 OF_16_BITS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -179,15 +179,15 @@ def _small_files(half: Half) -> list[Path]:
 
 def _write_small_files(llm: Half, tower: Half, folder: Path) -> None:
     folder.mkdir()
-    tokenizer, _ = _tokenizer(llm)
+    tokenizer, ids, _ = _tokenizer(llm)
     tokenizer.save(str(folder / "tokenizer.json"))
     for name in TOKENIZER:
         if (llm.folder / name).is_file():
-            _write_json(folder / name, _with_added(name, read_small(llm.folder / name), tokenizer))
+            _write_json(folder / name, _with_added(name, read_small(llm.folder / name), ids))
     if (llm.folder / "tokenizer.model").is_file():
         shutil.copyfile(llm.folder / "tokenizer.model", folder / "tokenizer.model")
     shutil.copyfile(tower.folder / "preprocessor_config.json", folder / "preprocessor_config.json")
-    config = _config(llm, tower, tokenizer)
+    config = _config(llm, tower, ids)
     _write_json(folder / "config.json", config)
     said = config["text_config"]
     if (llm.folder / "generation_config.json").is_file():
@@ -196,20 +196,20 @@ def _write_small_files(llm: Half, tower: Half, folder: Path) -> None:
     _write_json(folder / "generation_config.json", ends | {"pad_token_id": config["pad_token_id"]})
 
 
-def _tokenizer(llm: Half) -> tuple[Tokenizer, list[int]]:
-    """The language model's tokenizer with what Mantis adds, and the ids that are new."""
+def _tokenizer(llm: Half) -> tuple[Tokenizer, dict[str, int], list[int]]:
+    """The language model's tokenizer with what Mantis adds, the ids of that, and those of them that are new."""
     tokenizer = read_tokenizer(llm.folder)
     known = tokenizer.get_vocab()
     words, last = read_config(llm.folder).vocab_size, max(known.values())
     if last >= words:
         raise llm.refuse(f"has {words:,} embeddings, and its tokenizer an id {last:,}")
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ADDED])
-    return tokenizer, [tokenizer.token_to_id(token) for token in ADDED if token not in known]
+    ids = {token: tokenizer.get_vocab()[token] for token in ADDED}
+    return tokenizer, ids, [number for token, number in ids.items() if token not in known]
 
 
-def _with_added(name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _with_added(name: str, settings: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     """The settings of a tokenizer that transformers reads, with what Mantis adds."""
-    ids = {token: tokenizer.token_to_id(token) for token in ADDED}
     if name == "added_tokens.json":
         return settings | ids
     listed = [token for token in settings.get("additional_special_tokens") or () if token not in ADDED]
@@ -221,12 +221,12 @@ def _with_added(name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> di
     return settings
 
 
-def _config(llm: Half, tower: Half, tokenizer: Tokenizer) -> dict[str, Any]:
+def _config(llm: Half, tower: Half, ids: dict[str, int]) -> dict[str, Any]:
     """The published config.json; of the language model its own, to the letter, as its keys have other names today."""
     text = read_small(llm.folder / "config.json")
     known, whole = read_config(llm.folder), read_config(tower.folder)
     seen = getattr(whole, "vision_config", whole).to_diff_dict()
-    image, pad = (tokenizer.token_to_id(token) for token in ADDED)
+    image, pad = (ids[token] for token in ADDED)
     rows = max(known.vocab_size, image + 1, pad + 1)
     of_file = ("transformers_version", "torch_dtype", "dtype", "architectures", "_name_or_path")
     return {
@@ -255,7 +255,7 @@ def _write(checkpoint: Assembled, files: dict[Half, list[Path]], seed: int, fold
         model = AutoModelForImageTextToText.from_config(deepcopy(checkpoint.config))
     tied = checkpoint.config.tie_word_embeddings
     _refuse_others(model, files, tied)
-    _, new = _tokenizer(checkpoint.llm)
+    _, _, new = _tokenizer(checkpoint.llm)
     size = sum(file.stat().st_size for each in files.values() for file in each)
     if size > shutil.disk_usage(folder).free:
         raise OSError(f"it takes about {size / 1e9:,.1f} GB, more than is free")

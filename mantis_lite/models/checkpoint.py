@@ -252,8 +252,9 @@ def find_folder(key: str, name: str, revision: str | None, patterns: list[str]) 
             f"{key}: {name} is gated on the hub\n  Accept its terms on its page, then `hf auth login`."
         ) from None
     except RevisionNotFoundError:
+        at = "model.revision" if key == "model" else key
         raise RecipeError(
-            f"{'model.revision' if key == 'model' else key}: {name} has no revision {revision}\n  Take one of its branches, tags or commits."
+            f"{at}: {name} has no revision {revision}\n  Take one of its branches, tags or commits."
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise RecipeError(
