@@ -19,8 +19,9 @@ from ..memory.estimate import Estimate
 from ..memory.overrides import Override, Work, best, taken
 from ..memory.packs import Assumed, Planned
 from ..memory.step import Pack
-from ..models.assemble import named, open_model
+from ..models.assemble import open_model
 from ..models.checkpoint import SMALL_FILES, Checkpoint
+from ..models.halves import named
 from ..models.load import stated_head
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
 from ..recipe import ModelRecipe, Recipe, load_recipe
