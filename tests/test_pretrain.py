@@ -74,19 +74,20 @@ def told(*words) -> str:
     return done.output
 
 
-def stage_1(halves, data, run_dir: Path, tower="siglip", *more) -> Path:
+def stage_1(halves, data, run_dir: Path, tower="siglip", *more) -> tuple[Path, str]:
+    """The model that the first command makes, and what it says."""
     named = [f"model.llm={halves['llm']}", f"model.vision={halves[tower]}"]
-    told("train", f"pretrain-{tower}-llama3", f"data={data}", f"run_dir={run_dir}", *named, *SMALL, *more)
-    return run_dir / "model"
+    said = told("train", f"pretrain-{tower}-llama3", f"data={data}", f"run_dir={run_dir}", *named, *SMALL, *more)
+    return run_dir / "model", said
 
 
 @pytest.fixture(scope="module")
 def pretrained(halves, drawn, tmp_path_factory):
-    """What stage 1 makes, and the cache that it was put together in."""
+    """What stage 1 makes."""
     home = tmp_path_factory.mktemp("stage1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MANTIS_LITE_CACHE", str(home / "cache"))
-        yield stage_1(halves, drawn[0], home / "run"), home / "cache/assembled"
+        yield stage_1(halves, drawn[0], home / "run")[0]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +107,8 @@ def assembled(cache: Path) -> Path:
 @pytest.mark.parametrize("tower", ["siglip", pytest.param("clip", marks=pytest.mark.slow)])
 def test_two_stages_by_two_commands(halves, drawn, tmp_path, tower):
     """The projector alone moves in the first, everything but the tower in the second: new tokens' rows as well."""
-    first = stage_1(halves, drawn[0], tmp_path / "one", tower)
+    first, said = stage_1(halves, drawn[0], tmp_path / "one", tower)
+    assert f"model: Tiny-Llama-3-Instruct + tiny-{tower}, put together in {cache_dir()}" in said.replace("\n", "")
     start, one = tensors_of(assembled(cache_dir() / "assembled")), tensors_of(first)
     assert moved(start, one) == PROJECTOR
     words = ["data=" + str(drawn[1]), f"run_dir={tmp_path / 'two'}", f"model={first}", *SMALL]
@@ -124,7 +126,7 @@ def test_two_stages_by_two_commands(halves, drawn, tmp_path, tower):
 
 def test_what_stage_1_made_is_chatted_with_in_turns(pretrained, tmp_path):
     """By the language model's own template, as the published -pretraind models are; by the run or by the model."""
-    folder, _ = pretrained
+    folder = pretrained
     contract = read_contract(folder)
     assert contract.task == contract.recipe["task"] == "pretrain" and contract.facts.template == "llama_3"
     assert contract.base.names == ["Tiny-Llama-3-Instruct", "tiny-siglip"]
@@ -140,7 +142,7 @@ def test_what_stage_1_made_is_chatted_with_in_turns(pretrained, tmp_path):
 
 
 def test_its_card_says_what_it_is(pretrained):
-    text = (pretrained[0] / "README.md").read_text()
+    text = (pretrained / "README.md").read_text()
     assert "Put together from `Tiny-Llama-3-Instruct`, which is not on the hub and `tiny-siglip`" in text
     assert "by training its projector alone, on captions" in text and "full-fine-tune" not in text
     assert "<|eot_id|>" in text
@@ -148,9 +150,9 @@ def test_its_card_says_what_it_is(pretrained):
 
 def test_stage_1_goes_on_from_a_model(pretrained, drawn, tmp_path):
     """In the recipe that names two halves, one model takes their place."""
-    words = [f"model={pretrained[0]}", f"data={drawn[0]}", f"run_dir={tmp_path / 'run'}", *SMALL]
+    words = [f"model={pretrained}", f"data={drawn[0]}", f"run_dir={tmp_path / 'run'}", *SMALL]
     told("train", "pretrain-siglip-llama3", *words)
-    assert moved(tensors_of(pretrained[0]), tensors_of(tmp_path / "run/model")) == PROJECTOR
+    assert moved(tensors_of(pretrained), tensors_of(tmp_path / "run/model")) == PROJECTOR
 
 
 def test_the_seed_is_the_projectors(halves, drawn, tmp_path):

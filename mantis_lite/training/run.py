@@ -30,7 +30,7 @@ from ..data.vision import Vision
 from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
-from ..models.assemble import with_weights
+from ..models.assemble import Assembled, with_weights
 from ..models.attention import chosen_attention
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
@@ -73,6 +73,8 @@ class Run(Plan):
         """What a user should know of the run before it trains."""
         notices = [self.checkpoint.notice] if self.checkpoint.notice else []
         use_cpu = bool(self.recipe.train.get("use_cpu"))
+        if isinstance(self.checkpoint, Assembled):
+            notices.append(f"model: {self.checkpoint.public_name}, put together in {self.checkpoint.folder}")
         notices.append(f"attention: {chosen_attention(self.recipe.memory.attention, use_cpu)}")
         chosen = chosen_kernels(self.recipe)
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
