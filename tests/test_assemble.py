@@ -5,11 +5,15 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import COMMIT, FakeHub
 from halves import TOWERS, save_llm, save_tower
 from helpers import SHARED, recipe
 from safetensors.torch import load_file, save_file
@@ -302,6 +306,46 @@ def test_what_is_refused(copied, fault):
         put_together(copied)
     made = [path for path in (cache_dir() / "assembled").glob("*") if list(path.glob("*.safetensors"))]
     assert not made
+
+
+PULLS = """
+import json
+from mantis_lite.errors import RecipeError
+from mantis_lite.models.assemble import open_model, with_weights
+from mantis_lite.recipe import ModelRecipe
+found = open_model(ModelRecipe(llm="ann/Llama-3-tiny@main", vision="ann/tower"))
+input()
+whole = with_weights(found, 42)
+lost = ""
+try:
+    open_model(ModelRecipe(llm="ann/Llama-3-tiny@lost", vision="ann/tower"))
+except RecipeError as error:
+    lost = str(error)
+print(json.dumps([str(whole.folder), whole.public_name, whole.public_model, lost]))
+"""
+
+
+@pytest.mark.slow
+def test_halves_of_the_hub(halves, tmp_path):
+    """By revision, and known by their commits; no weight is fetched before there is a use for it."""
+    for half, name in zip(halves, ("Llama-3-tiny", "tower"), strict=True):
+        shutil.copytree(half, tmp_path / "hub/models/ann" / name)
+    with FakeHub(tmp_path / "hub") as hub:
+        own = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", PULLS], env=os.environ | own, **pipes) as process:
+            while not any("preprocessor_config" in asked for asked in hub.requests):
+                assert process.poll() is None
+                time.sleep(0.1)
+            assert not any("model.safetensors" in asked and "GET" in asked for asked in hub.requests)
+            said, _ = process.communicate("go on\n")
+        assert any("model.safetensors" in asked for asked in hub.requests)
+    folder, name, public, lost = json.loads(said.splitlines()[-1])
+    weights, here = tensors_of(Path(folder)), tensors_of(put_together(halves).folder)
+    assert weights.keys() == here.keys() and all(torch.equal(weights[key], here[key]) for key in here)
+    assert name == "ann/Llama-3-tiny + ann/tower"
+    assert public["llm"] == f"ann/Llama-3-tiny@{COMMIT}" and public["vision"] == f"ann/tower@{COMMIT}"
+    assert lost.startswith("model.llm: ann/Llama-3-tiny has no revision lost")
 
 
 @pytest.mark.parametrize("half", ["llm", "vision"])

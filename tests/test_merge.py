@@ -414,7 +414,7 @@ def test_a_full_disk(run_of, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mantis_lite.merge.write_tensors", full)
+    monkeypatch.setattr("mantis_lite.merge.write_files", full)
     with pytest.raises(DiskError, match=r"could not be written: No space left"):
         merge(run, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
