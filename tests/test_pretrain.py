@@ -155,6 +155,16 @@ def test_stage_1_goes_on_from_a_model(pretrained, drawn, tmp_path):
     assert moved(tensors_of(pretrained), tensors_of(tmp_path / "run/model")) == PROJECTOR
 
 
+def test_the_frozen_tower_runs_once_where_it_is_asked_to(halves, drawn, tmp_path):
+    """What is kept of pictures brings the projector to the same numbers."""
+    for cache in ("off", "memory"):
+        stage_1(halves, drawn[0], tmp_path / cache, "siglip", f"memory.vision_cache={cache}")
+    one, two = (tensors_of(tmp_path / f"{cache}/model") for cache in ("off", "memory"))
+    assert losses(tmp_path / "off") == pytest.approx(losses(tmp_path / "memory"), abs=1e-5)
+    for key in PROJECTOR:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
+
+
 def test_the_seed_is_the_projectors(halves, drawn, tmp_path):
     for seed in (1, 2):
         stage_1(halves, drawn[0], tmp_path / f"{seed}", "siglip", f"train.seed={seed}", "train.num_train_epochs=1")
