@@ -413,7 +413,9 @@ def test_what_contradicts_is_said(changes, message):
 
 
 def test_a_model_takes_the_place_of_halves_and_they_of_it():
-    load = lambda *words: load_recipe("pretrain-siglip-llama3", ["data=x", *words]).model  # noqa: E731
+    def load(*words):
+        return load_recipe("pretrain-siglip-llama3", ["data=x", *words]).model
+
     assert load("model=a/b") == load("model.name=a/b") == ModelRecipe(name="a/b")
     assert load("model.llm=a/b@main").called == "a/b + google/siglip-so400m-patch14-384"
     assert load("model=a/b", "model.llm=c/d", "model.vision=e/f") == ModelRecipe(llm="c/d", vision="e/f")
