@@ -120,10 +120,12 @@ def recipe_yaml(contract: Contract) -> str:
 
 
 def _front_matter(contract: Contract, license: License | None) -> str:
-    on_hub = is_on_hub(contract.base.name)
+    names = contract.base.names
+    on_hub = all(map(is_on_hub, names))
+    base = names if len(names) > 1 else contract.base.name
     relation = "adapter" if contract.kind == "adapter" else "finetune"  # "merge" is the hub's word for several models
     data = ModelCardData(
-        base_model=contract.base.name if on_hub else None,
+        base_model=base if on_hub else None,
         base_model_relation=relation if on_hub else None,
         datasets=_data_sets(contract) or None,
         license=license.word if license else None,
@@ -150,7 +152,7 @@ def _tags(contract: Contract) -> list[str]:
     method = ["lora", "qlora"] if contract.method == "qlora" else [contract.method]
     dora = ["dora"] if (contract.recipe.get("lora") or {}).get("dora") and contract.method != "full" else []
     if contract.method == "full":
-        method = ["full-fine-tune"]
+        method = [] if contract.task == "pretrain" else ["full-fine-tune"]
     return ["mantis", "multi-image", "mantis-lite", *method, *dora, contract.facts.family, contract.task]
 
 
@@ -165,8 +167,12 @@ def _base(contract: Contract) -> str:
     name, revision = contract.base.name, contract.base.revision
     if name == "tiny":
         return "Mantis-Lite's own `tiny`"
-    shown = f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{name}`, which is not on the hub"
+    shown = " and ".join(map(_linked, contract.base.names))
     return f"{shown}, at revision `{revision}`" if revision else shown
+
+
+def _linked(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{name}`, which is not on the hub"
 
 
 def _what(contract: Contract) -> str:
@@ -174,13 +180,18 @@ def _what(contract: Contract) -> str:
         "chat": "answers questions about several pictures at once",
         "video": "answers questions about clips and pictures",
         "classify": "scores pictures, clips and text",
+        "pretrain": "describes a picture, as far as its captions went, and is the start of a full fine-tune",
     }[contract.task]
     labels = contract.labels
     scores = f" It has a score for each of: {', '.join(labels.names)} ({labels.problem})." if labels else ""
     held = f", with its {' and '.join(contract.quantized)} in 4 bits" if contract.quantized else ""
     words = {"lora": "LoRA", "qlora": "QLoRA", "full": "a full fine-tune"}[contract.method]
+    made = KINDS[contract.kind]
+    if contract.task == "pretrain":
+        words = "training its projector alone, on captions"
+        made = "Put together from" if len(contract.base.names) > 1 else "Trained on captions from"
     return (
-        f"{KINDS[contract.kind]} {_base(contract)}. It {does}.{scores}\n\n"
+        f"{made} {_base(contract)}. It {does}.{scores}\n\n"
         f"Trained with Mantis-Lite by {words}{held}, in {contract.dtype}. `mantis_lite.json` says how prompts and "
         "pictures are to be written for it, and is held to when it is loaded."
     )

@@ -21,7 +21,10 @@ CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "fra
 
 def conflicts(recipe: Recipe) -> Iterator[str]:
     """Everything that is wrong with a recipe whose keys are each right by themselves."""
-    for check in (_unbuilt, _part_conflicts, _method_conflicts, _launch_conflicts, _media_conflicts, _head_conflicts):
+    for check in (
+        *(_unbuilt, _model_conflicts, _part_conflicts, _method_conflicts, _launch_conflicts),
+        *(_media_conflicts, _head_conflicts, _pretrain_conflicts),
+    ):
         yield from check(recipe)
 
 
@@ -32,6 +35,39 @@ def _unbuilt(recipe: Recipe) -> Iterator[str]:
             value, default = getattr(value, name), getattr(default, name)
         if value != default:
             yield f"{key}: {reason}"
+
+
+def _model_conflicts(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if not (model.llm or model.vision):
+        if not model.name:
+            yield "model.name: missing\n  Add model.name=..., or the key to the recipe."
+        return
+    one, other = ("llm", "vision") if model.llm else ("vision", "llm")
+    if not (model.llm and model.vision):
+        yield f"model.{other}: missing beside model.{one}: a model is put together from both\n  Add model.{other}=..."
+    if recipe.task != "pretrain":
+        yield f"model.{one}: puts a new model together, whose projector knows nothing yet\n  " + (
+            f"Set task=pretrain; for task={recipe.task}, name what that made: model=RUN/model."
+        )
+    if model.name:
+        yield f"model.name: beside model.{one}, a model to put together\n  Name either."
+    if model.revision:
+        yield f"model.revision: has no effect with model.{one}\n  Write it behind the name: model.{one}=NAME@REVISION."
+
+
+def _pretrain_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Of captions, which are written as they stand."""
+    if recipe.task != "pretrain":
+        if recipe.prompt.template == "plain":
+            yield f"prompt.template: plain writes captions, and this is task={recipe.task}\n  Leave it out."
+        return
+    if recipe.method != "full":
+        yield f"method: {recipe.method}, but task=pretrain trains the projector's own weights\n  Set method=full."
+    if recipe.prompt.template not in ("auto", "plain"):
+        yield f"prompt.template: {recipe.prompt.template}, but captions are written plain\n  Leave it out."
+    if changed := [key for key in _changed(recipe.prompt) if key != "template"]:
+        yield f"prompt.{changed[0]}: has no effect with task=pretrain, which has no turns\n  Leave it out."
 
 
 def _part_conflicts(recipe: Recipe) -> Iterator[str]:
@@ -96,8 +132,9 @@ def _launch_conflicts(recipe: Recipe) -> Iterator[str]:
 def _media_conflicts(recipe: Recipe) -> Iterator[str]:
     media = recipe.media
     of_clips = [key for key in _changed(media) if key in CLIP_KEYS]
-    if of_clips and recipe.task == "chat":
-        yield f"media.{of_clips[0]}: has no effect with task=chat, which has pictures only\n  Set task=video."
+    if of_clips and recipe.task in ("chat", "pretrain"):
+        found = f"has no effect with task={recipe.task}, which has pictures only"
+        yield f"media.{of_clips[0]}: {found}\n  Set task=video."
         return
     if recipe.task == "video" and media.num_frames is None and media.fps is None:
         yield "media.num_frames: task=video needs to know how many frames of a clip to take\n  Set media.num_frames=8."

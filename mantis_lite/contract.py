@@ -54,11 +54,18 @@ class _Fields(BaseModel):
 
 
 class Base(_Fields):
-    """The model that was trained on: what it is called elsewhere, its commit on the hub, and its weights in short."""
+    """The model that was trained on: what it is called elsewhere, its commit on the hub, and its weights in short.
+
+    One that was put together is called by both names, " + " between them.
+    """
 
     name: str
     revision: str | None = None
     weights: str
+
+    @property
+    def names(self) -> list[str]:
+        return self.name.split(" + ")
 
 
 class Facts(_Fields):
@@ -142,7 +149,7 @@ class Contract(_Fields):
         head = recipe.head.labels if recipe.task == "classify" else None
         said: dict[str, Any] = {
             "kind": self.kind == "adapter",
-            "task": self.task,
+            "task": "chat" if self.task == "pretrain" else self.task,
             "labels": self.labels and self.labels.names,
         }
         found: dict[str, Any] = {"kind": adapter, "task": recipe.task, "labels": head}
@@ -272,7 +279,7 @@ def public_recipe(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """A recipe's settings as others may read them: of a path, the last name alone."""
     settings = recipe.model_dump(mode="json", exclude={"run_dir"})
     adapter, held_out = settings["model"]["adapter"], settings["data"]["eval"]
-    model = {"name": checkpoint.public_name, "revision": checkpoint.commit, "adapter": adapter and public_name(adapter)}
+    model = checkpoint.public_model | {"adapter": adapter and public_name(adapter)}
     sources = [
         source | {key: source[key] and public_name(source[key]) for key in ("path", "media_dir")}
         for source in settings["data"]["sources"]

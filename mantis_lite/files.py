@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,6 +27,34 @@ def write_whole(file: Path, content: bytes, synced: bool = True) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that one process makes, while others wait and find it: `make` is given another to fill, renamed then.
+
+    Killed in between, it is made anew. Raises OSError.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+            try:
+                make(part)
+                os.rename(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)  # where it did not come to its end
+    return folder
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; a second waits, and finds it done."""
+    with lock.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync(path: Path) -> None:

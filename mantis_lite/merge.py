@@ -25,7 +25,7 @@ from .errors import CheckError, DataError, DiskError, RecipeError, one_line
 from .models.checkpoint import open_checkpoint
 from .models.load import working_dtype
 from .models.merging import Laid, combined, stand_in
-from .models.weights import INDEX, room_for_names, weight_files, write_tensors
+from .models.weights import room_for_names, weight_files, write_files
 from .plain_clients import write_settings, write_template
 from .recipe import ModelRecipe
 from .tiny import tasks
@@ -213,16 +213,8 @@ def _write(task: _Task, files: list[Path], folder: Path, watch: Callable[[list[P
 
 def _write_weights(laid: Laid, files: list[Path], folder: Path, watch: Callable[[list[Path]], Iterable[Path]]) -> None:
     """Write the files of weights, each with the adapter in it, and their index where there are several."""
-    places: dict[str, str] = {}
-    size = 0
-    for file in watch(files):
-        tensors = chain(laid.merged(file), laid.new() if file == files[-1] else ())
-        sizes = write_tensors(folder / file.name, tensors, 2 * room_for_names(file) + ROOM)
-        places |= dict.fromkeys(sizes, file.name)
-        size += sum(sizes.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    of_files = ((file, chain(laid.merged(file), laid.new() if file == files[-1] else ())) for file in watch(files))
+    write_files(folder, ((file.name, tensors, 2 * room_for_names(file) + ROOM) for file, tensors in of_files))
 
 
 def _write_small_files(trained: Trained, laid: Laid, folder: Path) -> None:

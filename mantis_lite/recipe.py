@@ -19,7 +19,7 @@ from .yaml_text import dump_yaml, load_yaml, read_text
 
 Part = Literal["language_model", "projector", "vision_tower"]
 Training = Literal["frozen", "adapter", "full"]
-Task = Literal["chat", "video", "classify"]
+Task = Literal["chat", "video", "classify", "pretrain"]
 Problem = Literal["regression", "single_label", "multi_label"]
 Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 Kernel = Literal["lora", "rms_norm", "rope", "swiglu", "layer_norm", "relu_squared"]
@@ -38,10 +38,20 @@ class Section(BaseModel):
 
 
 class ModelRecipe(Section):
-    name: str
+    """A model by name; or a language model and a vision tower, each `name` or `name@revision`, to put together."""
+
+    name: str = ""
     revision: str | None = None
+    llm: str | None = None
+    vision: str | None = None
     adapter: str | None = None
     any_base: StrictBool = False
+
+    @property
+    def called(self) -> str:
+        """What it goes by: its name, or those of what it is put together from."""
+        halves = [half.partition("@")[0] for half in (self.llm, self.vision) if half]
+        return self.name or " + ".join(halves)
 
 
 class SourceRecipe(Section):
@@ -97,6 +107,7 @@ class PromptRecipe(Section):
         "mfuyu_v1",
         "qwen2_vl",
         "qwen3_vl",
+        "plain",
     ] = "auto"
     system: str | None = None
     labels: Literal["answer", "upstream"] = "answer"
@@ -178,10 +189,12 @@ class Recipe(Section):
     train: dict[str, Any] = {}
 
     def part(self, name: Part) -> Training:
-        """How a part trains: what is written out, else the method's default."""
+        """How a part trains: what is written out, else the method's default; of captions, the projector learns."""
         written = getattr(self.trainable, name)
         if written is not None:
             return written
+        if self.task == "pretrain":
+            return "full" if name == "projector" else "frozen"
         if self.method == "full":
             return "frozen" if name == "vision_tower" else "full"
         return "adapter" if name == "language_model" else "frozen"
@@ -211,6 +224,13 @@ class Recipe(Section):
             return self.memory.quantize
         return ["language_model"] if self.method == "qlora" else []
 
+    @property
+    def in_use(self) -> Recipe:
+        """How what it trains is used: what captions brought up is asked in turns, in the model's own template."""
+        if self.task != "pretrain":
+            return self
+        return self.model_copy(update={"task": "chat", "prompt": PromptRecipe()})
+
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = (), unstated: str | None = None) -> Recipe:
     """Read a recipe by name or file and apply `key=value` overrides, dots for nesting.
@@ -234,6 +254,8 @@ def make_recipe(settings: Mapping[str, Any], overrides: Iterable[str] = (), wher
         top = _expand(parsed, override)
         if isinstance(top.get("train"), dict) and set(STEP_SIZES) & set(top["train"]):
             settings = _merge(settings, {"train": dict.fromkeys(STEP_SIZES)})  # one size of a step replaces another
+        if isinstance(top.get("model"), dict):
+            settings = _merge({"model": {}} | settings, {"model": _replaced(top["model"])})
         settings = _merge(settings, top)
     if not settings.get("data"):
         raise RecipeError("data: no data was given\n  Add data=my.json, or a `data:` key to the recipe.")
@@ -326,6 +348,13 @@ def _expand(settings: dict[str, Any], where: str) -> dict[str, Any]:
             raise RecipeError(f"packing: expected on, off or its keys, found {packing!r} in {where}")
         settings["packing"] = {"enabled": packing in ("on", True)}
     return settings
+
+
+def _replaced(model: dict[str, Any]) -> dict[str, None]:
+    """What of a model another says in place of: a name of one to put together, and the other way round."""
+    halves = dict.fromkeys(("llm", "vision"))
+    own = dict.fromkeys(("name", "revision"))
+    return (halves if "name" in model else {}) | (own if halves.keys() & model.keys() else {})
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -161,11 +161,14 @@ def _found(name: str, overrides: Sequence[str], given: Mapping[str, str]) -> tup
         if done is None:
             remedy = "Train it to its end, `mantis-lite train`, or name one of its checkpoints."
             raise RecipeError(f"{name}: the run is not finished\n  {remedy}")
-        return done, load_recipe(path / RECIPE, overrides)
-    if is_run(path.parent) and path.is_dir():
+        if not _of_captions(path):
+            return done, load_recipe(path / RECIPE, overrides)
+        name = str(done)
+    elif is_run(path.parent) and path.is_dir():
         if not any((path / file).is_file() for file in (CONFIG, NAME)):
             raise RecipeError(f"{name}: a checkpoint of a full fine-tune\n  Train it to its end: mantis-lite train.")
-        return path, load_recipe(path.parent / RECIPE, overrides)
+        if not _of_captions(path.parent):
+            return path, load_recipe(path.parent / RECIPE, overrides)
     folder = tiny.CHECKPOINT if name == "tiny" else _small_files(name, given)
     contract, settings = read_contract(folder), dict(UNNAMED)
     if contract:
@@ -176,6 +179,8 @@ def _found(name: str, overrides: Sequence[str], given: Mapping[str, str]) -> tup
             found = one_line(error)
             remedy = "Take it as it was written, or a newer mantis_lite."
             raise RecipeError(f"{folder / NAME}: its recipe cannot be used: {found}\n  {remedy}") from None
+        if contract.task == "pretrain":  # brought up on captions, it is asked in turns
+            settings |= {"task": "chat", "prompt": {}, "model": contract.base.name}
     elif (folder / CONFIG).is_file():
         adapter = read_settings(folder / CONFIG)
         base = {"name": adapter.get("base_model_name_or_path") or "", "revision": adapter.get("revision")}
@@ -186,6 +191,11 @@ def _found(name: str, overrides: Sequence[str], given: Mapping[str, str]) -> tup
     if {"model", "model.name"} & given.keys():
         settings |= {"model": {}}  # another base, with a revision of its own
     return folder, make_recipe(settings, overrides, name)
+
+
+def _of_captions(run: Path) -> bool:
+    """Whether a run is of task=pretrain: then it is the model's contract that says how it is used."""
+    return load_recipe(run / RECIPE).task == "pretrain"
 
 
 def _small_files(name: str, given: Mapping[str, str]) -> Path:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     SiglipVisionConfig,
 )
 
@@ -22,6 +24,7 @@ from mantis_lite.data import template as templates
 from mantis_lite.data.encode import Encoder
 from mantis_lite.data.template import Token, Wrap
 from mantis_lite.data.vision import Vision
+from mantis_lite.models.checkpoint import Checkpoint
 from mantis_lite.recipe import Recipe, make_recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -34,12 +37,14 @@ WORDS = [
 ]
 
 
-def tokenizer(template: str = "llama_3", more: Sequence[str] = ("<image>",)) -> Tokenizer:
+def tokenizer(
+    template: str = "llama_3", more: Sequence[str] = ("<image>",), pad: Sequence[str] = ("<|pad|>",)
+) -> Tokenizer:
     """A byte-level BPE with the special tokens of one template, a family's own and `<|pad|>`."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    special = [*sorted(TEMPLATES[template].tokens), *more, "<|pad|>"]
+    special = [*sorted(TEMPLATES[template].tokens), *more, *pad]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=316 + len(special), special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -115,6 +120,15 @@ def recipe(model: str | Path | dict = "unused", **settings) -> Recipe:
     model = model if isinstance(model, dict) else str(model)
     settings["memory"] = {"kernels": "off"} | settings.get("memory", {})
     return make_recipe({"model": model, "data": "unused.json", "run_dir": "unused", "method": "lora"} | settings)
+
+
+def keeps_its_layout(checkpoint: Checkpoint, model: PreTrainedModel, folder: Path) -> None:
+    """What a loaded checkpoint is saved as is the checkpoint, tensor by tensor."""
+    model.save_pretrained(folder)
+    published = load_file(checkpoint.folder / "model.safetensors")
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == published.keys()
+    assert all(torch.equal(saved[key], published[key]) for key in published)
 
 
 SHAPES = [(40, 30), (30, 40), (64, 20), (90, 60), (17, 70), (56, 56)]

@@ -66,7 +66,7 @@ def test_every_recipe_has_a_base_that_says_where_it_is_from():
     for file in FOLDER.glob("*.json"):
         assert json.loads(file.read_text())["_source"]
     for path in recipes_dir().glob("*.yaml"):
-        model = load_recipe(path, ["data=x.json"]).model.name
+        model = load_recipe(path, ["data=x.json"]).model.called
         assert model == "tiny" or find_base(model)
 
 

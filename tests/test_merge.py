@@ -414,7 +414,7 @@ def test_a_full_disk(run_of, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mantis_lite.merge.write_tensors", full)
+    monkeypatch.setattr("mantis_lite.merge.write_files", full)
     with pytest.raises(DiskError, match=r"could not be written: No space left"):
         merge(run, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
@@ -480,14 +480,14 @@ def test_a_merged_head_scores_the_same(scored, tmp_path, kind, problem, score, m
 
 KILLED = """
 import os, signal, sys
-import mantis_lite.merge as merging
-plain, count = merging.write_tensors, iter(range(2))
+import mantis_lite.merge as merging, mantis_lite.models.weights as writing
+plain, count = writing.write_tensors, iter(range(2))
 def kills(*words):
     found = plain(*words)
     if next(count) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return found
-merging.write_tensors = kills
+writing.write_tensors = kills
 merging.merge(sys.argv[1], sys.argv[2], None, [f"model={sys.argv[3]}"])
 """
 

@@ -1,4 +1,7 @@
-"""The chat recipes: one for each family and method; each says how it is run, what it permits and what upstream does."""
+"""The recipes: of chat one for each family and method; each says how it is run, what it permits and what upstream does.
+
+Those of pretrain name no method, as there is one.
+"""
 
 import re
 import shlex
@@ -64,14 +67,49 @@ def test_a_task_has_recipes_of_several_families(task):
     assert DEFAULTS[task] in {path.stem for path in EVERY}
 
 
+def test_mantis_own_projectors_are_brought_up():
+    """Both that were published, by upstream's settings of its first stage."""
+    both = {path.stem: load_recipe(path, ["data=x"]) for path in EVERY if path.stem.startswith("pretrain-")}
+    assert both.keys() == {"pretrain-siglip-llama3", "pretrain-clip-llama3"}
+    upstream = {"learning_rate": 1e-3, "weight_decay": 0, "num_train_epochs": 1, "samples_per_step": 256}
+    upstream |= {"warmup_steps": 0.03, "lr_scheduler_type": "cosine"}
+    for recipe in both.values():
+        assert upstream.items() <= recipe.train.items() and recipe.packing.max_length == 8192
+        assert recipe.parts == {"language_model": "frozen", "projector": "full", "vision_tower": "frozen"}
+
+
+# Rate, decay, samples a step, tokens and whether the tower trains, of upstream's scripts.
+UPSTREAM = {
+    "siglip-llama3": (1e-5, 0.0, 128, 8192, False),
+    "clip-llama3": (1e-5, 0.0, 128, 8192, False),
+    "fuyu": (1e-5, 0.01, 128, 8192, False),
+    "idefics2": (5e-6, 0.01, 128, 8192, True),
+    "idefics3": (5e-6, 0.01, 128, 16384, False),
+}
+
+
+@pytest.mark.parametrize("kind", UPSTREAM)
+def test_a_full_fine_tune_is_upstreams(kind, tmp_path):
+    path = recipes_dir() / f"chat-{kind}-full.yaml"
+    text = path.read_text()
+    for number in [at for at in comments(text, "upstream") if "max_length" in text.splitlines()[at]]:
+        text = instead(text, number)
+    recipe = load(tmp_path, text)
+    train, tower = recipe.train, recipe.part("vision_tower") == "full"
+    found = (train["learning_rate"], train["weight_decay"], train["samples_per_step"], recipe.packing.max_length, tower)
+    assert found == UPSTREAM[kind] and train["num_train_epochs"] == 1
+    assert (train["warmup_steps"], train["lr_scheduler_type"]) == (0.03, "cosine")
+
+
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_a_recipe_is_what_its_name_says(path):
     recipe = load_recipe(path, ["data=x"])
-    assert path.stem.startswith(f"{recipe.task}-") and path.stem.endswith(f"-{recipe.method}")
+    task, _, rest = path.stem.partition("-")
+    assert task == recipe.task and (rest.endswith(f"-{recipe.method}") or (task == "pretrain" and rest in FAMILIES))
     others = [other.read_text().splitlines()[0] for other in EVERY if other != path]
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(".") and first not in others
-    assert recipe.model.name.partition("/")[2] in first
+    assert all(name.partition("/")[2] in first for name in recipe.model.called.split(" + "))
     assert (recipe.method == "full") == ("lora:" not in path.read_text().splitlines())
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
-import os
 import shutil
 import stat
 import tarfile
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DataError, one_line
+from ..files import made_once
 from .columns import short
 from .lengths import cache_dir
 from .paths import DRIVE
@@ -53,21 +52,13 @@ def unpack(archive: Path) -> Path:
     """
     described = archive.stat()
     key = blake2b(f"{archive.resolve()}\0{described.st_size}\0{described.st_mtime_ns}".encode(), digest_size=16)
-    folder = cache_dir() / "archives" / key.hexdigest()
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_suffix(".lock")), _told(archive):
-        if not folder.is_dir():
-            _refuse(archive, _members(archive), shutil.disk_usage(folder.parent).free)
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)  # of one that was killed
-            try:
-                _write(_members(archive), part)
-                os.rename(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)  # where it did not come to its end
-    return folder
+
+    def write(folder: Path) -> None:
+        _refuse(archive, _members(archive), shutil.disk_usage(folder.parent).free)
+        _write(_members(archive), folder)
+
+    with _told(archive):
+        return made_once(cache_dir() / "archives" / key.hexdigest(), write)
 
 
 def _members(archive: Path) -> Iterator[Member]:
@@ -167,14 +158,6 @@ def _write(members: Iterable[Member], folder: Path) -> None:
         if not member.folder:
             with member.open() as source, path.open("xb") as target:
                 shutil.copyfileobj(source, target, MAX_PIECE)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; a second waits, and finds it done."""
-    with lock.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

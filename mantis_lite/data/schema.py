@@ -40,7 +40,8 @@ def parse(row: Mapping[str, Any], where: str, root: MediaFolder | None, task: Ta
 
     "<image>" in a turn's text is a mark, unless the turn is a list of typed parts or the row has no picture: there it
     stays text. "<video>" is one wherever the task reads clips, and never stays text there. A row of "classify" has one
-    turn, its prompt. "id" only names a row in messages: several may have the same.
+    turn, its prompt; one of "pretrain" has its first answer, a caption. "id" only names a row in messages: several may
+    have the same.
     """
     root = root or MediaFolder()
     try:
@@ -111,7 +112,23 @@ def _classify(row: Mapping[str, Any], root: MediaFolder) -> tuple[tuple[Turn, ..
     return _pair(turns, media), ignored + literal
 
 
-_READERS = {"chat": _chat, "video": _video, "classify": _classify}
+def _caption(row: Mapping[str, Any], root: MediaFolder) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The first answer of a row of chat; as upstream, pictures without a mark in it stand in front, a blank after each.
+
+    What was asked is not used, and neither is any turn behind.
+    """
+    turns, notices = _chat(row, root)
+    caption = next(turn for turn in turns if turn.role == "assistant")
+    elsewhere = [part for turn in turns if turn is not caption for part in turn.content if isinstance(part, Image)]
+    if not elsewhere and not any(isinstance(part, Image) for part in caption.content):
+        raise Fault("no picture", 'A caption is of one: give "image" or "images", or drop the row.')
+    if len([turn for turn in turns if turn.role == "assistant"]) > 1:
+        notices += ("turns behind the first answer were left out: it is read as the caption",)
+    front = [part for image in elsewhere for part in (image, " ")]
+    return (Turn("assistant", tuple(cast("list[str | Image | Video]", _merge([*front, *caption.content])))),), notices
+
+
+_READERS = {"chat": _chat, "video": _video, "classify": _classify, "pretrain": _caption}
 
 
 def _labels(row: Mapping[str, Any]) -> Any:

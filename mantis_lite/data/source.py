@@ -164,8 +164,9 @@ def expand(path: str, task: Task = "chat") -> list[dict[str, Any]]:
 
 def _problems(entry: dict[str, Any], task: Task) -> Iterator[str]:
     form, kind, split = entry.get("format"), entry.get("type", "huggingface"), entry.get("split")
-    if TASKS.get(str(form)) != task:
-        here = ", ".join(name for name, of in TASKS.items() if of == task)
+    rows = "chat" if task == "pretrain" else task  # captions are rows of chat, which the original writes otherwise
+    if TASKS.get(str(form)) != rows:
+        here = ", ".join(name for name, of in TASKS.items() if of == rows)
         yield f"format: {form} belongs to task={TASKS.get(str(form), 'none')}; here is read {here}"
     if kind not in ("huggingface", "json", "jsonl"):
         yield f"type: {kind} is not known; write huggingface, json or jsonl"

@@ -75,8 +75,8 @@ class Template:
 
     @property
     def end(self) -> Token:
-        """The token that ends an answer."""
-        return next(part for part in self.ends["assistant"] if isinstance(part, Token))
+        """The token that ends an answer; where its end is text, the one that starts a prompt."""
+        return next(part for part in (*self.ends["assistant"], self.start) if isinstance(part, Token))
 
     @property
     def tokens(self) -> set[str]:
@@ -156,6 +156,14 @@ TEMPLATES = (
     *(LLAMA_3, MLLAVA_V1, IDEFICS_2, IDEFICS_3, IDEFICS_2_HUB, IDEFICS_3_HUB),
     *(SMOLVLM, MFUYU_V1, QWEN2_VL, QWEN3_VL),
 )
+
+
+def captions(chat: Template) -> Template:
+    """How captions are written for a model whose conversations are written so: as they stand, each ended by its line.
+
+    Upstream's PLAIN: no header and no system's words, and its tokenizer starts a prompt all the same.
+    """
+    return Template(name="plain", start=chat.start, headers={"assistant": ()}, ends={"assistant": ("\n",)})
 
 
 def choose_template(name: str, family: Sequence[Template], vocabulary: Collection[str]) -> Template:

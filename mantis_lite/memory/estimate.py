@@ -17,6 +17,7 @@ from ..models.adapters import HEAD, make_trainable, part_of
 from ..models.family import LLAMA_LAYERS, Family
 from ..models.head import classifier_of
 from ..models.llava import LLAVA
+from ..models.load import in_float32
 from ..recipe import Recipe
 from .ledger import BLOCK
 from .rehearsal import rehearse
@@ -146,7 +147,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, machine: Machine, family: Fa
         }
     )
     labels = max(1, len(recipe.head.labels or ())) if recipe.task == "classify" else None
-    model = bare(config, torch.float32 if recipe.method == "full" else machine.dtype, family, labels)
+    model = bare(config, torch.float32 if in_float32(recipe) else machine.dtype, family, labels)
     said = family or DECODER
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name not in ("lm_head", HEAD) and part_of(name, said) in recipe.quantized:

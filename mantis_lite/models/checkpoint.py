@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .. import tiny
 from ..data.encode import Encoder, Score
 from ..data.frames import Frames
-from ..data.template import Token, choose_template
+from ..data.template import Token, captions, choose_template
 from ..errors import RecipeError
 from ..recipe import MediaRecipe, ModelRecipe, Recipe
 from .family import Family
@@ -72,9 +72,14 @@ class Checkpoint:
         return "tiny" if self.folder == tiny.CHECKPOINT else public_name(self.name)
 
     @property
+    def public_model(self) -> dict[str, str | None]:
+        """What a recipe that others may read says of it."""
+        return {"name": self.public_name, "revision": self.commit}
+
+    @property
     def commit(self) -> str | None:
         """The commit of the hub's that its files are of; the revision asked for, where it is a folder here."""
-        return self.folder.name if self.folder.parent.name == "snapshots" else self.revision
+        return commit_of(self.folder, self.revision)
 
     @property
     def has_head(self) -> bool:
@@ -102,12 +107,13 @@ class Checkpoint:
                 "  Set it lower, or take another checkpoint."
             )
         templates = family.hub if recipe.prompt.template == "hub" else family.templates
-        template = choose_template(recipe.prompt.template, templates, vocabulary)
+        captioned = recipe.task == "pretrain"
+        template = choose_template("auto" if captioned else recipe.prompt.template, templates, vocabulary)
         _refuse_another_start(self.tokenizer, template.end)
         score = self._score(recipe)
         return Encoder(
             tokenizer=self._with_tokens(score) if score and score.names else self.tokenizer,
-            template=template,
+            template=captions(template) if captioned else template,
             vision=vision,
             system=recipe.prompt.system,
             labels=recipe.prompt.labels,
@@ -135,6 +141,9 @@ class Checkpoint:
 
     def _refuse_what_it_lacks(self, recipe: Recipe) -> None:
         family, media, kind = self.family, recipe.media, self.config.model_type
+        if recipe.task == "pretrain" and family is not LLAVA:
+            found = f"brings up the projector of a LLaVA, and this is {kind}"
+            raise RecipeError(f"task: pretrain {found}\n  Train all of it: task=chat, method=full.")
         for part in recipe.parts:
             if part not in family.parts and getattr(recipe.trainable, part):
                 raise RecipeError(f"trainable.{part}: {kind} has none\n  Leave it out.")
@@ -145,6 +154,11 @@ class Checkpoint:
                 f"media.max_image_size: {media.max_image_size} is a size of Fuyu's, and this is {kind}\n"
                 "  Give the longest side in pixels."
             )
+
+
+def commit_of(folder: Path, revision: str | None) -> str | None:
+    """The commit that the hub's cache calls a folder by; the revision asked for, where it is another folder."""
+    return folder.name if folder.parent.name == "snapshots" else revision
 
 
 def has_head(config: Mapping[str, Any]) -> bool:
@@ -238,8 +252,9 @@ def find_folder(key: str, name: str, revision: str | None, patterns: list[str]) 
             f"{key}: {name} is gated on the hub\n  Accept its terms on its page, then `hf auth login`."
         ) from None
     except RevisionNotFoundError:
+        at = "model.revision" if key == "model" else key
         raise RecipeError(
-            f"{key}.revision: {name} has no revision {revision}\n  Take one of its branches, tags or commits."
+            f"{at}: {name} has no revision {revision}\n  Take one of its branches, tags or commits."
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise RecipeError(

@@ -41,8 +41,14 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
 
     DeepSpeed keeps float32 of what trains beside.
     """
-    full = recipe.method == "full" and not recipe.strategy.startswith("zero")
-    return torch.float32 if full else working_dtype()
+    return torch.float32 if in_float32(recipe) and not recipe.strategy.startswith("zero") else working_dtype()
+
+
+def in_float32(recipe: Recipe) -> bool:
+    """Whether all weights are, as in full fine-tuning; where a projector alone learns, it is once it is loaded."""
+    parts = recipe.parts
+    alone = parts["projector"] == "full" and parts["language_model"] == parts["vision_tower"] == "frozen"
+    return recipe.method == "full" and not alone
 
 
 def loader_workers() -> int:

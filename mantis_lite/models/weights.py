@@ -35,15 +35,19 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
 
     Raises RecipeError where one is missing.
     """
-    index = checkpoint.folder / INDEX
+    return files_of("model", checkpoint.name, checkpoint.commit, checkpoint.folder)
+
+
+def files_of(key: str, name: str, commit: str | None, folder: Path, remedy: str = AS_PUBLISHED) -> list[Path]:
+    """As `weight_files`, of a model whose small files are in `folder`; `key` is the recipe's for it."""
+    index = folder / INDEX
     names = sorted(set(read_small(index)["weight_map"].values())) if index.is_file() else [SINGLE]
-    folder = checkpoint.folder
-    if not all((folder / name).is_file() for name in names) and not Path(checkpoint.name).is_dir():
-        folder = find_folder("model", checkpoint.name, checkpoint.commit, names)
-    for name in names:
-        if not (folder / name).is_file():
-            raise RecipeError(f"model: {checkpoint.name} has no {name}\n  {AS_PUBLISHED}")
-    return [folder / name for name in names]
+    if not all((folder / file).is_file() for file in names) and not Path(name).is_dir():
+        folder = find_folder(key, name, commit, names)
+    for file in names:
+        if not (folder / file).is_file():
+            raise RecipeError(f"{key}: {name} has no {file}\n  {remedy}")
+    return [folder / file for file in names]
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -64,6 +68,19 @@ def room_for_names(file: Path) -> int:
     """The bytes that a file of safetensors has in front for names and places."""
     with file.open("rb") as opened:
         return struct.unpack("<Q", opened.read(8))[0]
+
+
+def write_files(folder: Path, files: Iterable[tuple[str, Iterable[tuple[str, Tensor]], int]]) -> None:
+    """Write files of weights, each by name, tensors and room for their names; and an index where there are several."""
+    places: dict[str, str] = {}
+    size = 0
+    for file, tensors, room in files:
+        sizes = write_tensors(folder / file, tensors, room)
+        places |= dict.fromkeys(sizes, file)
+        size += sum(sizes.values())
+    if len(set(places.values())) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], room: int) -> dict[str, int]:

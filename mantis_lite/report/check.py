@@ -18,7 +18,8 @@ from ..data.prepare import Prepared, Samples, prepare
 from ..data.sample import Frame, Image, Sample
 from ..data.schedule import Schedule, schedule
 from ..errors import RecipeError, SampleError
-from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.assemble import open_model
+from ..models.checkpoint import Checkpoint
 from ..models.load import stated_head
 from ..models.vision_cache import VisionCache, shown, trained_parts
 from ..recipe import Recipe
@@ -88,7 +89,7 @@ def check(recipe: Recipe, decode: bool = True, watch: Watch = lambda found, tota
     It does not stop at what is wrong with a row or a source, but lists it. Raises RecipeError, and DataError where no
     epoch has a row.
     """
-    checkpoint = open_checkpoint(recipe.model)
+    checkpoint = open_model(recipe.model)
     encoder = checkpoint.encoder(recipe)
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head, every_fault=True)

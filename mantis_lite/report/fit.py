@@ -19,7 +19,9 @@ from ..memory.estimate import Estimate
 from ..memory.overrides import Override, Work, best, taken
 from ..memory.packs import Assumed, Planned
 from ..memory.step import Pack
-from ..models.checkpoint import SMALL_FILES, Checkpoint, open_checkpoint
+from ..models.assemble import open_model
+from ..models.checkpoint import SMALL_FILES, Checkpoint
+from ..models.halves import named
 from ..models.load import stated_head
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
 from ..recipe import ModelRecipe, Recipe, load_recipe
@@ -74,19 +76,19 @@ def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> F
 
 def work_of(recipe: Recipe) -> Work:
     """The model and the rows of a recipe: its small files where they are at hand, else what comes with the package."""
-    folder = _folder(recipe.model)
-    if folder is None:
-        base = find_base(recipe.model.name)
+    own = _at_hand(recipe.model)
+    if own is None:
+        base = find_base(recipe.model.called)
         rows = Assumed(lambda recipe: base.vision(recipe.media))
         return Work(base.config, base.family, base.image_processor, rows)
-    own = recipe.model_copy(update={"model": ModelRecipe(name=folder)})
-    checkpoint = open_checkpoint(own.model)
+    recipe = recipe.model_copy(update={"model": own})
+    checkpoint = open_model(own)
     unstated = recipe.data.sources[0].path == UNSTATED
     return Work(
         config=checkpoint.config,
         family=checkpoint.family,
         image_processor=checkpoint.image_processor,
-        rows=Assumed(lambda recipe: checkpoint.encoder(recipe).vision) if unstated else _planned(own, checkpoint),
+        rows=Assumed(lambda recipe: checkpoint.encoder(recipe).vision) if unstated else _planned(recipe, checkpoint),
     )
 
 
@@ -98,11 +100,19 @@ def _planned(recipe: Recipe, checkpoint: Checkpoint) -> Planned:
     return Planned(recipe, checkpoint, encoder, prepared.train, plan, prepared.held_out)
 
 
-def _folder(model: ModelRecipe) -> str | None:
-    """Where a model's small files are on this machine."""
-    if model.name == "tiny" or Path(model.name).is_dir():
-        return model.name
+def _at_hand(model: ModelRecipe) -> ModelRecipe | None:
+    """A model by the folders of its small files on this machine, where they are there."""
+    if model.name:
+        folder = _folder(model.name, model.revision)
+        return ModelRecipe(name=folder) if folder else None
+    folders = [_folder(*named(half)) for half in (model.llm, model.vision) if half]
+    return ModelRecipe(llm=folders[0], vision=folders[1]) if all(folders) else None
+
+
+def _folder(name: str, revision: str | None) -> str | None:
+    if name == "tiny" or Path(name).is_dir():
+        return name
     try:
-        return snapshot_download(model.name, revision=model.revision, allow_patterns=SMALL_FILES, local_files_only=True)
+        return snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         return None

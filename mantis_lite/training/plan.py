@@ -18,8 +18,9 @@ from ..files import write_whole
 from ..memory.overrides import Work
 from ..memory.packs import Planned
 from ..models.adapters import find_adapter
+from ..models.assemble import open_model
 from ..models.attention import require_attention
-from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.kernels import chosen_kernels
 from ..models.load import stated_head
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
@@ -162,7 +163,7 @@ def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
         require_encoder_outputs()
     if recipe.model.adapter:
         find_adapter(recipe.model.adapter, import_upstream, recipe.model)
-    return open_checkpoint(recipe.model)
+    return open_model(recipe.model)
 
 
 def _schedule(recipe: Recipe, encoder: Encoder, prepared: Prepared) -> Schedule:

@@ -32,6 +32,7 @@ from ..data.vision import Vision
 from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
+from ..models.assemble import Assembled, with_weights
 from ..models.attention import chosen_attention
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
@@ -75,6 +76,8 @@ class Run(Plan):
         """What a user should know of the run before it trains."""
         notices = [self.checkpoint.notice] if self.checkpoint.notice else []
         use_cpu = bool(self.recipe.train.get("use_cpu"))
+        if isinstance(self.checkpoint, Assembled):
+            notices.append(f"model: {self.checkpoint.public_name}, put together in {self.checkpoint.folder}")
         notices.append(f"attention: {chosen_attention(self.recipe.memory.attention, use_cpu)}")
         chosen = chosen_kernels(self.recipe)
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
@@ -142,15 +145,16 @@ class Run(Plan):
 
     def _save_beside(self, folder: Path, full: bool) -> None:
         """What makes weights, of a whole model or of an adapter, something to be used."""
+        encoder = self.checkpoint.encoder(self.recipe.in_use)
         if full:
             # Config, tokenizer and processor are the base's own files, to the letter: the published layout.
             self.checkpoint.copy_small_files(folder)
-            write_settings(folder, self.checkpoint, self.encoder, self.recipe)
+            write_settings(folder, self.checkpoint, encoder, self.recipe)
         if self.head is not None:
             self.head.save_pretrained(folder)  # what the scores are; beside an adapter PEFT takes no notice of it
             if self.encoder.score and self.encoder.score.tokens:
                 self.encoder.tokenizer.save(str(folder / "tokenizer.json"))
-        write_template(folder, self.encoder)
+        write_template(folder, encoder)
         used = open_checkpoint(ModelRecipe(name=str(folder))) if full else self.checkpoint
         contract = self._contract(used)
         contract.write(folder)
@@ -164,7 +168,7 @@ class Run(Plan):
             "model" if self.recipe.method == "full" else "adapter",
             self.recipe,
             self.checkpoint,
-            facts_of(used, used.encoder(self.recipe)),
+            facts_of(used, used.encoder(self.recipe.in_use)),
             self.prepared,
             working_dtype(),
             {name: value for name, value in kept.items() if isinstance(value, int | float | None)},
@@ -260,8 +264,9 @@ def train(
 
 def _load(plan: Plan, import_upstream: bool) -> Run:
     """Load the model, make it trainable, and give it to a trainer."""
+    training_arguments = arguments(plan.recipe, plan.schedule, plan.prepared.held_out is not None, plan.ranks)
+    plan.checkpoint = with_weights(plan.checkpoint, training_arguments.seed)
     recipe, checkpoint, encoder, prepared = plan.recipe, plan.checkpoint, plan.encoder, plan.prepared
-    training_arguments = arguments(recipe, plan.schedule, prepared.held_out is not None, plan.ranks)
     set_seed(training_arguments.seed)  # the trainer's own comes too late for an adapter's first values
     head = _head(plan)
     with telling("while the model was loaded", plan.work, recipe):
@@ -279,7 +284,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
         # With its data sets made: they are hashed then, and the features with them, were they there already.
         kept = _fill(cache, model, training_arguments, plan, broken) if cache else None
         trainer = _trainer(plan, training_arguments, cache.vision if cache else encoder.vision, shown, model)
-    for parameter in trainer.model.parameters():
+    for parameter in trainer.model.parameters() if not trainer.is_deepspeed_enabled else ():  # it keeps float32 beside
         if parameter.requires_grad:  # TRL puts QLoRA's adapters in bfloat16, where small steps are lost
             parameter.data = parameter.data.float()
     # Qwen's classes say that they cannot weigh a pack by its tokens in the whole step; like the others, they can.
