@@ -7,7 +7,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 HEADER = struct.Struct("<4s22x2H")
 """What stands before a file in a .zip: its mark, and the lengths of its name and of what else is said of it."""
@@ -47,7 +47,7 @@ class Zipped:
         try:
             file.seek(self.at)
             mark, *lengths = HEADER.unpack(file.read(HEADER.size))
-            if mark != zipfile.stringFileHeader:
+            if mark != b"PK\3\4":
                 raise OSError(f"{self.archive.name} has changed, and no file begins where {self.name} did")
             file.seek(sum(lengths), os.SEEK_CUR)
         except (OSError, struct.error) as error:
@@ -56,4 +56,4 @@ class Zipped:
         info = zipfile.ZipInfo(self.name)
         info.compress_type = zipfile.ZIP_DEFLATED if self.deflated else zipfile.ZIP_STORED
         info.compress_size, info.file_size, info.CRC = self.packed, self.size, self.crc
-        return zipfile.ZipExtFile(file, "r", info, None, True)
+        return cast(IO[bytes], zipfile.ZipExtFile(file, "r", info, None, True))
