@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -351,6 +352,7 @@ def download_command(
     verify: Annotated[bool, typer.Option("--verify", help="Read again what is here, every byte.")] = False,
 ) -> None:
     """Download a dataset of Parquet and zips of pictures, verified. Run it again to go on where it was cut off."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from .data.hub import find
 
     wanted = find(dataset, _words(subsets), to, _words(split) or (), revision)
@@ -414,8 +416,6 @@ def _printable(text: str) -> str:
 
 def _prepare_process() -> None:
     """Quiet what is not the user's concern, and report nothing home; before torch is imported."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning cripple torch on a busy CPU
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -447,6 +447,7 @@ def _offer_download(recipe: Recipe) -> None:
     absent = absent_of(sources_of_all(recipe.data, recipe.task, recipe.media, recipe.packing))
     if not absent:
         return
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from .data.hub import find
 
     for each in absent:

@@ -27,9 +27,9 @@ class FakeHub:
     put into `tokens`; `private` says of each repository that was created whether it is. Requests wait for `delay`
     seconds before they are done, and those with a part of `failing` in their path are answered its status.
 
-    What a commit in `frozen` shows is that folder, not what main has now. Files go out in pieces of `piece` bytes, after
-    each of which `pause` seconds pass; of those called in `wrong` the byte at that place is another, and those in `cut`
-    break off there, once. `sent` counts the bytes of files that went out.
+    What a commit in `frozen` shows is that folder, not what main has now. Files go out in pieces of `piece` bytes, with
+    `pause` seconds behind each; of those named in `wrong` the byte at that place is another, and those in `cut` break
+    off there, once. `sent` counts the bytes of files that went out.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ruamel.yaml.error import YAMLError
 
 from ..errors import DataError, did_you_mean, one_line
-from ..recipe import DataRecipe, MediaRecipe, PackingRecipe, SourceRecipe, Task
+from ..recipe import DataRecipe, MediaRecipe, PackingRecipe, SourceRecipe, Task, recipes_dir
 from ..secrets import refuse_secrets
 from ..yaml_text import load_yaml, read_text
 from .repository import renamed
@@ -40,11 +40,13 @@ def sources_of(
 ) -> tuple[list[SourceRecipe], list[str]]:
     """A source itself, or those that it lists; and what of them has no effect, in words.
 
-    It lists some where it is a data_config.yaml, whose keys must not say otherwise than `media` and `packing`; or a
-    dataset that was downloaded, without naming one of its subsets. Raises DataError, and RecipeError for a token.
+    It lists some where it is a data_config.yaml, here or one that comes with the package, whose keys must not say
+    otherwise than `media` and `packing`; or a dataset that was downloaded, without naming one of its subsets. Raises DataError, and RecipeError for a token.
     """
     if not source.path.endswith((".yaml", ".yml")):
         return _subsets(source)
+    if not Path(source.path).exists() and (shipped := recipes_dir() / "data" / source.path).is_file():
+        source = source.model_copy(update={"path": str(shipped)})
     if beside := sorted(source.model_fields_set - {"path", "weight"}):
         raise DataError(
             f"{source.path}: {', '.join(beside)} beside a list of sources\n  Write it into the list's entries."
