@@ -40,8 +40,9 @@ def sources_of(
 ) -> tuple[list[SourceRecipe], list[str]]:
     """A source itself, or those that it lists; and what of them has no effect, in words.
 
-    It lists some where it is a data_config.yaml, here or one that comes with the package, whose keys must not say
-    otherwise than `media` and `packing`; or a dataset that was downloaded, without naming one of its subsets. Raises DataError, and RecipeError for a token.
+    It lists some where it is a data_config.yaml, the user's or one that comes with the package, whose keys must not say
+    otherwise than `media` and `packing`; or a downloaded dataset, without naming one of its subsets. Raises DataError,
+    and RecipeError for a token.
     """
     if not source.path.endswith((".yaml", ".yml")):
         return _subsets(source)
