@@ -462,6 +462,7 @@ def _fetch(wanted: Wanted, max_workers: int = 8, verify: bool = False) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from .data.hub import fetch
+    from .data.repository import place_of
 
     for notice in wanted.notices:
         typer.echo(f"notice: {notice}")
@@ -475,6 +476,8 @@ def _fetch(wanted: Wanted, max_workers: int = 8, verify: bool = False) -> None:
         task = bar.add_task("", total=wanted.size)
         came = fetch(wanted, max_workers, verify, lambda done: bar.advance(task, done))
     typer.echo(f"{len(wanted.names):,} files are here and verified, {len(came):,} of them came now")
+    remembered = place_of(held.repo).resolve() == held.folder.resolve()
+    typer.echo(f"recipes read it with data={held.repo if remembered else held.folder}")
 
 
 def _show_start(run: Run) -> None:

@@ -288,16 +288,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.write(data, "/resolve/" in self.path)
 
     def write(self, data: bytes, of_file: bool) -> None:
-        for at in range(0, len(data), self.hub.piece if of_file else len(data)):
-            try:
-                self.wfile.write(data[at : at + self.hub.piece] if of_file else data)
-            except (BrokenPipeError, ConnectionResetError):  # whoever asked for it was killed
-                self.close_connection = True
-                return
-            if of_file:
-                with self.hub.lock:
-                    self.hub.sent += min(self.hub.piece, len(data) - at)
-                time.sleep(self.hub.pause)
+        piece = self.hub.piece if of_file else len(data) or 1
+        try:
+            for at in range(0, len(data), piece):
+                self.wfile.write(data[at : at + piece])
+                if of_file:
+                    with self.hub.lock:
+                        self.hub.sent += len(data[at : at + piece])
+                    time.sleep(self.hub.pause)
+        except (BrokenPipeError, ConnectionResetError):  # whoever asked for it was killed
+            self.close_connection = True
 
 
 def _is_large(path: str, size: int) -> bool:

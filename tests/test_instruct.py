@@ -151,6 +151,8 @@ def test_a_folder_of_the_users_own_is_remembered(hub, tmp_path):
     assert by_name.name == by_path.name == f"{INSTRUCT}:iconqa:train"
     assert [by_name.row(i) for i in range(9)] == [by_path.row(i) for i in range(9)]
     assert download(["iconqa"]) == []  # to the same
+    download(["nlvr2"], to=tmp_path / "other")  # the last is
+    assert place_of(INSTRUCT).resolve() == tmp_path / "other"
     with pytest.raises(DataError, match=f"{folder}: holds {INSTRUCT}\n  Name another folder with --to"):
         find("ann/mine", to=folder)
 
@@ -289,7 +291,7 @@ def test_killed_ten_times(hub, tmp_path):
     for megabytes in KILLED_AFTER:
         begun = hub.sent
         process = subprocess.Popen(words, env=own, stdout=subprocess.DEVNULL)
-        while len(hub.requests) == requests and megabytes >= 0 or hub.sent - begun < megabytes * 1e6:
+        while (len(hub.requests) == requests and megabytes >= 0) or hub.sent - begun < megabytes * 1e6:
             assert process.poll() is None
             time.sleep(0.001)
         process.kill()
@@ -307,7 +309,7 @@ def test_killed_ten_times(hub, tmp_path):
     assert not list(folder.rglob(f"*{PART}"))
     requests = len(hub.requests)
     done = subprocess.run(words, env=own, capture_output=True, text=True)
-    assert done.stdout.endswith("10 files are here and verified, 0 of them came now\n")
+    assert "10 files are here and verified, 0 of them came now\n" in done.stdout
     assert len(hub.requests) == requests
 
 
@@ -546,6 +548,19 @@ def test_the_command_line(hub, tmp_path):
     assert isinstance(done.exception, DataError)
     done = runner.invoke(app, ["data", "download", SHORT, "--subsets", "llava_665k_merged", "--split", "train"])
     assert done.exit_code == 0 and "notice: " in done.output and "5 files are here and verified, 5" in done.output
+    assert done.output.endswith(f"recipes read it with data={INSTRUCT}\n")
+    done = runner.invoke(app, ["data", "download", SHORT, "--subsets", "iconqa", "--to", str(tmp_path / "own")])
+    assert done.output.endswith(f"recipes read it with data={tmp_path / 'own'}\n")  # the cache has another
+
+
+def test_what_another_process_has_fetched_meanwhile_is_not_forgotten(hub):
+    early = find(SHORT, ["iconqa"])
+    download(["nlvr2"])
+    fetch(early)
+    assert read_repository(place_of(INSTRUCT)).has("nlvr2", "train")
+    early.repository.revision = "e" * 40
+    with pytest.raises(DataError, match=f"another process has begun with {COMMIT}"):
+        fetch(early)
 
 
 # Training.

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ def find(
     repo: str,
     subsets: Iterable[str] | None = None,
     to: Path | None = None,
-    splits: Iterable[str] = ("train",),
+    splits: Sequence[str] = ("train",),
     revision: str | None = None,
 ) -> Wanted:
     """What is to be fetched of a dataset, user/name or a short name: all of its subsets that have the splits, or some.
@@ -134,6 +134,8 @@ def fetch(wanted: Wanted, max_workers: int = 8, anew: bool = False, watch: Watch
         other = read_repository(folder)
         if other and other.revision != repository.revision:
             raise DataError(f"{folder}: another process has begun with {other.revision}\n  {AGAIN}")
+        if other:  # as another process has left it meanwhile
+            repository.files = other.files
         repository.save()
         with ThreadPoolExecutor(max_workers) as pool:
             here = list(pool.map(lambda name: repository.check(name, anew), wanted.names))
@@ -221,14 +223,13 @@ class _Fetch:
         url = hf_hub_url(repository.repo, name, repo_type="dataset", revision=repository.revision)
         with part.open("ab") as out:
             begun = out.tell()
-            if (
-                begun < known.size
-            ):  # what the client downloads itself begins anew after a kill (huggingface_hub 1 and 2)
+            # Not hf_hub_download: it begins a file anew that a kill has cut off (huggingface_hub 1.31 and 2.4).
+            if begun < known.size:
                 http_get(
                     url,
                     _Watched(out, self.watch, self.stop),  # type: ignore[arg-type]
                     resume_size=begun,
-                    headers=build_hf_headers(),
+                    headers=build_hf_headers() | {"Accept-Encoding": "identity"},
                     tqdm_class=silent_tqdm,  # type: ignore[arg-type]
                 )
         sync(part)
