@@ -121,8 +121,8 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=5_000)
-    parser.add_argument("--decoded", type=int, default=500)
+    parser.add_argument("--pictures", type=int, default=2_000)
+    parser.add_argument("--decoded", type=int, default=200)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), chosen.pictures, chosen.decoded)
