@@ -48,6 +48,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.clips
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.zips
 
 # The same faults to runs here and to those of transformers, in 40 minutes; traces system calls and fills a disk where it may.
 bench-reliability: .venv/installed

@@ -20,6 +20,7 @@ from .data.encode import Encoder
 from .data.paths import MediaFolder
 from .data.sample import Image, Sample, Turn, Video
 from .data.schema import parse, user_turn
+from .data.zipped import Zipped
 from .errors import RecipeError, SampleError
 from .files import write_whole
 from .generate import GREEDY, answers, checked, generate, refuse_long, text_of
@@ -261,8 +262,8 @@ def _saved(part: str | Image | Video) -> dict[str, Any]:
     return {"type": "video", "video": clip, **times}
 
 
-def _path(source: Path | bytes) -> str:
-    if isinstance(source, bytes):
+def _path(source: Path | bytes | Zipped) -> str:
+    if not isinstance(source, Path):
         raise SampleError("save", "a picture was given as bytes, and has no path", "Give pictures by their paths.")
     return str(source.absolute())
 

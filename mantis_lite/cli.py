@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from .data.hub import Wanted
     from .data.prepare import Prepared
     from .metrics import Metrics
     from .push import Pushed
+    from .recipe import Recipe
     from .repl import Repl
     from .report.check import Check, Outlook
     from .report.fit import Fit
@@ -33,6 +35,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+data_app = typer.Typer(help="Data sets: getting them, and making them ready.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or YAML file; `chat` is the default chat recipe.")]
 Overrides = Annotated[
@@ -69,6 +73,7 @@ def train_command(
     asked = {"launch.gpus": gpus, "launch.nodes": nodes}
     words = [*(overrides or ()), *(f"{key}={count}" for key, count in asked.items() if count is not None)]
     loaded = load_recipe(recipe, words)
+    _offer_download(loaded)
     _prepare_process()
     from .errors import Stopped
     from .training.callbacks import ProgressBar
@@ -107,6 +112,7 @@ def check_command(
     loaded = load_recipe(recipe, overrides or ())
     if output is not None and output.exists():
         raise RecipeError(f"--output: {output} exists already\n  Name another file.")
+    _offer_download(loaded)
     _prepare_process()
     from rich.console import Console
     from rich.progress import track
@@ -348,6 +354,24 @@ def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = 
     typer.echo(f"saved {outcome.adapter}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
 
 
+@data_app.command("download")
+def download_command(
+    dataset: Annotated[str, typer.Argument(help="user/name on the hub; mantis-instruct is TIGER-Lab/Mantis-Instruct.")],
+    subsets: Annotated[str | None, typer.Option(help="Some of its subsets: nlvr2,iconqa. Else all.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The folder, which recipes find again; else the cache.")] = None,
+    split: Annotated[str, typer.Option(help="The splits: train, or train,val.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="A branch or commit; else main as it is now.")] = None,
+    max_workers: Annotated[int, typer.Option(min=1, help="Files that are fetched at once.")] = 8,
+    verify: Annotated[bool, typer.Option("--verify", help="Read again what is here, every byte.")] = False,
+) -> None:
+    """Download a dataset of Parquet and zips of pictures, verified. Run it again to go on where it was cut off."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from .data.hub import find
+
+    wanted = find(dataset, _words(subsets), to, _words(split) or (), revision)
+    _fetch(wanted, max_workers, verify)
+
+
 @recipes_app.command("list")
 def list_recipes() -> None:
     """Name every recipe and what it is."""
@@ -427,6 +451,54 @@ def _prepare_process() -> None:
     # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+
+
+def _words(text: str | None) -> list[str] | None:
+    """a,b -> both."""
+    return None if text is None else [word for word in text.split(",") if word]
+
+
+def _offer_download(recipe: Recipe) -> None:
+    """Ask whether to download what a recipe names and is not here; only of someone at a terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    from .data.mixture import sources_of_all
+    from .data.subsets import absent_of
+
+    absent = absent_of(sources_of_all(recipe.data, recipe.task, recipe.media, recipe.packing))
+    if not absent:
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from .data.hub import find
+
+    for each in absent:
+        wanted = find(each.repo, each.subsets or None, each.folder, each.splits)
+        size, names = f"{wanted.size / 1e9:,.1f} GB", ", ".join(wanted.subsets)
+        if typer.confirm(f"{each.repo} is not here: download {names}, {size}, to {each.folder}?"):
+            _fetch(wanted)
+
+
+def _fetch(wanted: Wanted, max_workers: int = 8, verify: bool = False) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from .data.hub import fetch
+    from .data.repository import place_of
+
+    for notice in wanted.notices:
+        typer.echo(f"notice: {notice}")
+    for subset in wanted.subsets:
+        typer.echo(f"{wanted.size_of(subset) / 1e9:>10,.3f} GB  {subset}")
+    held = wanted.repository
+    typer.echo(f"{held.repo} at {held.revision} -> {held.folder}")
+    console = Console(stderr=True)
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=wanted.size)
+        came = fetch(wanted, max_workers, verify, lambda done: bar.advance(task, done))
+    typer.echo(f"{len(wanted.names):,} files are here and verified, {len(came):,} of them came now")
+    remembered = place_of(held.repo).resolve() == held.folder.resolve()
+    typer.echo(f"recipes read it with data={held.repo if remembered else held.folder}")
 
 
 def _show_start(run: Run) -> None:

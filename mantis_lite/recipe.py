@@ -71,6 +71,7 @@ class DataRecipe(Section):
     sources: Annotated[list[SourceRecipe], Field(min_length=1)]
     on_bad_row: Literal["error", "skip"] = "error"
     oversize: Literal["error", "drop"] = "error"
+    balance: Literal["none", "sqrt"] = "none"
     eval: float | str | None = None
     outside: StrictBool = False
     urls: StrictBool = False

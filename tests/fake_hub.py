@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".bin", ".pt", ".parquet", ".png")
+LARGE = (".safetensors", ".bin", ".pt", ".parquet", ".png", ".zip")
 """What goes by LFS however small it is, as .gitattributes of the real one say."""
 
 
@@ -26,6 +26,10 @@ class FakeHub:
     `requests` lists "METHOD path" in order; `received` whole requests, headers and body, but for the token, which is
     put into `tokens`; `private` says of each repository that was created whether it is. Requests wait for `delay`
     seconds before they are done, and those with a part of `failing` in their path are answered its status.
+
+    What a commit in `frozen` shows is that folder, not what main has now. Files go out in pieces of `piece` bytes, with
+    `pause` seconds behind each; of those named in `wrong` the byte at that place is another, and those in `cut` break
+    off there, once. `sent` counts the bytes of files that went out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +41,10 @@ class FakeHub:
         self.delay = 0.0
         self.failing: dict[str, int] = {}
         self.commits: dict[Path, list[str]] = {}
+        self.frozen: dict[str, Path] = {}
+        self.piece, self.pause, self.sent = 1 << 20, 0.0, 0
+        self.wrong: dict[str, int] = {}
+        self.cut: dict[str, int] = {}
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -136,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         root = self.hub.folder / kind / repo
         if not root.is_dir():
             raise _Refused(404, "RepoNotFound", "Repository not found")
+        if revision in self.hub.frozen:
+            return self.hub.frozen[revision]
         if revision.startswith("refs/pr/"):
             pull = self.hub.folder / "pulls" / kind / repo / revision.rpartition("/")[2]
             if pull.is_dir():
@@ -252,7 +262,16 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, "EntryNotFound", "Entry not found")
         data, entry = (root / path).read_bytes(), _entry(root, root / path)
         headers = {"ETag": f'"{entry.get("lfs", entry)["oid"]}"', "Accept-Ranges": "bytes"}
+        if (at := self.hub.wrong.get(path)) is not None:
+            data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         start, _, end = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if at := self.hub.cut.pop(path, None):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:at])
+            self.close_connection = True
+            return None
         if not start:
             return self.send(200, data, headers)
         last = min(int(end or len(data)), len(data) - 1)
@@ -266,7 +285,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.write(data, "/resolve/" in self.path)
+
+    def write(self, data: bytes, of_file: bool) -> None:
+        piece = self.hub.piece if of_file else len(data) or 1
+        try:
+            for at in range(0, len(data), piece):
+                self.wfile.write(data[at : at + piece])
+                if of_file:
+                    with self.hub.lock:
+                        self.hub.sent += len(data[at : at + piece])
+                    time.sleep(self.hub.pause)
+        except (BrokenPipeError, ConnectionResetError):  # whoever asked for it was killed
+            self.close_connection = True
 
 
 def _is_large(path: str, size: int) -> bool:

@@ -28,7 +28,7 @@ from mantis_lite.scoring import refuse_others
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gpu_table, reliability_table, results
+from benchmarks import gpu_table, reliability_table, results, zips
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +49,8 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
         refuse_others(rest[0], [word for word in rest[1:] if not word.startswith("--")])
     elif command in ("chat", "merge", "push", "serve", "export"):  # of a run or a model that is not here
         get_command(app).commands[command].make_context(command, rest)
+    elif command == "data":  # from a hub that is not here
+        get_command(app).commands[command].commands[rest[0]].make_context(rest[0], rest[1:])
     else:
         monkeypatch.chdir(tmp_path)
         assert CliRunner().invoke(app, [command, *rest]).exit_code == 0
@@ -93,6 +95,11 @@ def test_the_table_of_faults_is_what_was_measured():
     assert "\n".join(reliability_table.lines(figures)) in README
     ours = figures["killed"]["mantis_lite"]
     assert ours["kills"] == 500 and ours["cannot_resume"] == ours["runs_that_ended_otherwise"] == 0
+
+
+def test_the_table_of_zips_is_what_was_measured():
+    figures = json.loads((results.FOLDER / "zips.json").read_text())["figures"]
+    assert "\n".join(zips.lines(figures)) in DOCS
 
 
 def test_exit_codes_of_the_readme_are_those_of_the_errors():

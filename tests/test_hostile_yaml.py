@@ -7,9 +7,9 @@ import warnings
 import pytest
 from ruamel.yaml.error import YAMLError
 
-from mantis_lite.data.source import expand
+from mantis_lite.data.mixture import sources_of
 from mantis_lite.errors import DataError, RecipeError
-from mantis_lite.recipe import load_recipe, make_recipe
+from mantis_lite.recipe import SourceRecipe, load_recipe, make_recipe
 from mantis_lite.yaml_text import MAX_BYTES, load_yaml
 
 RAN = []
@@ -87,7 +87,7 @@ def test_attacks(file, name):
         with pytest.raises(RecipeError, match=rf"^{file}: not YAML: .*{found}"):
             load_recipe(str(file), ["data=x.json"])
         with pytest.raises(DataError, match=rf"^{file}: cannot be read: .*{found}.*\n  Give a data_config.yaml"):
-            expand(str(file))
+            sources_of(SourceRecipe(path=str(file)), "chat")
     assert not RAN
 
 
@@ -97,7 +97,7 @@ def test_what_is_not_utf_8(file, text):
     with pytest.raises(RecipeError, match="not YAML: not UTF-8: byte 0xff at 1"):
         load_recipe(str(file), ["data=x.json"])
     with pytest.raises(DataError, match="cannot be read: not UTF-8: byte 0xff at 1"):
-        expand(str(file))
+        sources_of(SourceRecipe(path=str(file)), "chat")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -105,7 +105,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     with pytest.raises(RecipeError, match=r"pipe.yaml: no such file"):
         load_recipe(str(tmp_path / "pipe.yaml"))
     with pytest.raises(DataError, match=r"pipe.yaml: cannot be read: no such file"):
-        expand(str(tmp_path / "pipe.yaml"))
+        sources_of(SourceRecipe(path=str(tmp_path / "pipe.yaml")), "chat")
 
 
 @pytest.mark.parametrize("value", ["[" * 3000, "!!python/name:os.system", laughs("[{}]", "[x]").replace("\n", " ")])

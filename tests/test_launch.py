@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +89,7 @@ def test_processes_join_where_a_scheduler_has_started_them(monkeypatch, variable
     settled = settled_launch(launched())
     assert (settled.strategy, settled.launch.gpus) == (("ddp", 4) if size > 1 else ("single", None))
     if size > 1:
-        with pytest.raises(RecipeError, match="launch.strategy: single, and 4 processes were started"):
+        with pytest.raises(RecipeError, match=r"launch\.strategy: single, and 4 processes were started"):
             settled_launch(launched(strategy="single"))
 
 
@@ -100,7 +99,7 @@ def test_machines_find_each_other_by_the_usual_variables():
     assert (found.rdzv_endpoint, found.rdzv_configs["rank"]) == ("first:1234", 1)
     slurm = launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first", "SLURM_NODEID": "1"})
     assert (slurm.rdzv_endpoint, slurm.rdzv_configs["rank"]) == ("first:29500", 1)
-    with pytest.raises(RecipeError, match="launch.nodes: 2, but which machine this is and where the first one is"):
+    with pytest.raises(RecipeError, match=r"launch\.nodes: 2, but which machine this is and where the first one is"):
         launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first"})
     with pytest.raises(RecipeError, match="NODE_RANK: 2, of 2 machines"):
         launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first", "NODE_RANK": "2"})
@@ -108,7 +107,7 @@ def test_machines_find_each_other_by_the_usual_variables():
 
 def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RecipeError, match="launch.gpus: 3, and this machine shows 2"):
+    with pytest.raises(RecipeError, match=r"launch\.gpus: 3, and this machine shows 2"):
         launch_config(recipe(launch={"gpus": 3}))
     assert launch_config(recipe(launch={"strategy": "ddp"})).nproc_per_node == 2, "all there are"
 
@@ -141,7 +140,7 @@ def test_one_command_starts_all_processes_and_ends_with_their_code(command, tmp_
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "stopped by SIGTERM: saved" in said
     at = int(saved(tmp_path / "run")[0].name.rpartition("-")[2])
@@ -163,5 +162,5 @@ def test_processes_of_torchrun_join(command, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run([*torchrun, *run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'strategy: ddp' in (tmp_path / "run/recipe.yaml").read_text()
+    assert "strategy: ddp" in (tmp_path / "run/recipe.yaml").read_text()
     assert len(losses(tmp_path / "run")) == 2

@@ -16,10 +16,10 @@ import torch
 from fake_hub import FakeHub
 from helpers import chat, recipe, write_rows
 
-from mantis_lite.data.source import expand
+from mantis_lite.data.mixture import sources_of
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import ModelRecipe, load_recipe, make_recipe
+from mantis_lite.recipe import ModelRecipe, SourceRecipe, load_recipe, make_recipe
 from mantis_lite.secrets import NAME
 from mantis_lite.tiny import CHECKPOINT
 
@@ -144,7 +144,7 @@ def test_a_token_in_a_data_config(tmp_path):
     file = tmp_path / "config.yaml"
     for entry in (f"{{path: {SECRETS[-1]}, format: chat}}", "{path: rows.json, format: chat, token: hunter2}"):
         file.write_text(f"data: [{entry}]")
-        refused(expand, str(file))
+        refused(sources_of, SourceRecipe(path=str(file)), "chat")
 
 
 @pytest.mark.parametrize(

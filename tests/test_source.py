@@ -16,7 +16,7 @@ from fake_hub import FakeHub
 
 from mantis_lite.data.sample import Image
 from mantis_lite.data.schema import parse
-from mantis_lite.data.source import expand, open_source
+from mantis_lite.data.source import open_source
 from mantis_lite.errors import DataError, SampleError
 from mantis_lite.recipe import SourceRecipe
 
@@ -298,74 +298,3 @@ def test_the_hub(tmp_path, hub):
     )
     assert again == train
     assert offline.startswith("ann/never: no answer from the Hub: ") and offline.endswith("\n  Try again later.")
-
-
-def entry(**keys) -> dict:
-    return {"path": "TIGER-Lab/Mantis-Instruct", "format": "chat", "split": "train"} | keys
-
-
-def expanded(tmp_path, *entries: dict) -> list[dict]:
-    (tmp_path / "config.yaml").write_text(json.dumps({"data": entries}))  # JSON is YAML too
-    return [
-        SourceRecipe(**settings).model_dump(exclude_unset=True) for settings in expand(str(tmp_path / "config.yaml"))
-    ]
-
-
-def test_a_data_config_lists_sources(tmp_path):
-    (tmp_path / "train.json").write_text("[]")
-    kept = {"max_size": 5, "shuffle": True, "max_num_images": 4, "vl_only": True, "weight": 0.5}
-    unset = {"max_seq_len": None, "packing_same_mm_media": False, "max_size": None}
-    nlvr2, local, elsewhere = expanded(
-        tmp_path,
-        entry(name="nlvr2", type="huggingface", revision="main", **kept),
-        entry(name="a label", type="json", path="train.json", **unset),
-        entry(type="jsonl", path="other.jsonl"),
-    )
-    assert nlvr2 == {
-        "path": "TIGER-Lab/Mantis-Instruct",
-        "name": "nlvr2",
-        "split": "train",
-        "revision": "main",
-        **kept,
-    }
-    assert local == {"path": str(tmp_path / "train.json"), "name": None, "split": None}
-    assert elsewhere["path"] == "other.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("keys", "problem"),
-    [
-        ({"format": "chat_video"}, "format: chat_video belongs to task=video; here is read chat"),
-        ({"format": "classification"}, "format: classification belongs to task=classify"),
-        ({"format": "siglip_video"}, "format: siglip_video belongs to task=none"),
-        ({"type": "csv"}, "type: csv is not known; write huggingface, json or jsonl"),
-        ({"split": "val"}, "split: val is not trained on; name it in data.eval"),
-        ({"path": None}, "path: missing; write the file"),
-        ({"revision": "script"}, "revision: script is not read here, .*; remove it"),
-        ({"max_seq_len": 8192}, "max_seq_len: 8192 is not read here; set packing.max_length"),
-        ({"max_image_size": 980}, "max_image_size: 980 is not read here; set media.max_image_size"),
-        ({"sample_ratio": 0.5}, "sample_ratio: 0.5 is not read here; set weight"),
-        ({"packing_same_mm_media": True}, "packing_same_mm_media: True is not read here; remove it"),
-        ({"offline_sha": "11"}, "offline_sha: 11 is not read here; remove it"),
-        ({"num_frames": 8}, "num_frames: 8 is not read here; set media.num_frames, and remove it"),
-        ({"max_sise": 8}, r"max_sise: no such key; did you mean max_size\?"),
-        ({"colour": 8}, "colour: no such key; remove it"),
-    ],
-)
-def test_a_data_config_key_that_cannot_be_honoured(tmp_path, keys, problem):
-    with pytest.raises(DataError, match=rf"config.yaml: data\[1\].{problem}"):
-        expanded(tmp_path, entry(), entry(**keys))
-
-
-@pytest.mark.parametrize("text", ["", "data: []", "data: [x]", "- x"])
-def test_a_data_config_without_sources(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(DataError, match=r"config.yaml: no list of sources\n  Write them under `data:`"):
-        expand(str(tmp_path / "config.yaml"))
-
-
-def test_a_data_config_that_cannot_be_read(tmp_path):
-    (tmp_path / "config.yaml").write_text("data: [")
-    for name in ("config.yaml", "none.yaml"):
-        with pytest.raises(DataError, match=f"{name}: cannot be read: .*\n  Give a data_config.yaml"):
-            expand(str(tmp_path / name))

@@ -42,6 +42,8 @@ class Member(NamedTuple):
     folder: bool
     fault: str | None
     open: Callable[[], IO[bytes]]
+    info: Any
+    """A ZipInfo or TarInfo."""
 
 
 def unpack(archive: Path) -> Path:
@@ -50,18 +52,24 @@ def unpack(archive: Path) -> Path:
     Refused are names that lead out, links, devices, files of one name and what grows too much: before a byte is
     written. An archive is known by its path, size and time. Killed in between, it is unpacked anew.
     """
-    described = archive.stat()
-    key = blake2b(f"{archive.resolve()}\0{described.st_size}\0{described.st_mtime_ns}".encode(), digest_size=16)
 
     def write(folder: Path) -> None:
-        _refuse(archive, _members(archive), shutil.disk_usage(folder.parent).free)
-        _write(_members(archive), folder)
+        refuse_harmful(archive, members(archive), shutil.disk_usage(folder.parent).free)
+        _write(members(archive), folder)
 
-    with _told(archive):
-        return made_once(cache_dir() / "archives" / key.hexdigest(), write)
+    with told(archive):
+        return made_once(cache_dir() / "archives" / fingerprint(archive), write)
 
 
-def _members(archive: Path) -> Iterator[Member]:
+def fingerprint(archive: Path) -> str:
+    """A name for an archive as it is now, by its path, size and time. Raises OSError."""
+    described = archive.stat()
+    key = blake2b(f"{archive.resolve()}\0{described.st_size}\0{described.st_mtime_ns}".encode(), digest_size=16)
+    return key.hexdigest()
+
+
+def members(archive: Path) -> Iterator[Member]:
+    """What is in an archive, in its order. Raises what `told` takes."""
     return _of_zip(archive) if archive.name.endswith(".zip") else _of_tar(archive)
 
 
@@ -79,7 +87,7 @@ def _of_zip(archive: Path) -> Iterator[Member]:
             elif info.orig_filename != info.filename:
                 fault = "has a NUL in its name"
             read = _opener(opened.open, info)
-            yield Member(info.filename, info.file_size, info.compress_size, info.is_dir(), fault, read)
+            yield Member(info.filename, info.file_size, info.compress_size, info.is_dir(), fault, read, info)
 
 
 def _of_tar(archive: Path) -> Iterator[Member]:
@@ -89,7 +97,7 @@ def _of_tar(archive: Path) -> Iterator[Member]:
         while (info := opened.next()) is not None:
             plain = info.isdir() or (info.isreg() and not info.issparse())
             fault = None if plain else "is a link, a device or a file with holes"
-            yield Member(info.name, info.size, None, info.isdir(), fault, _opener(opened.extractfile, info))
+            yield Member(info.name, info.size, None, info.isdir(), fault, _opener(opened.extractfile, info), info)
             opened.members = []  # or all that were passed are kept
 
 
@@ -110,20 +118,20 @@ class _Pieces:
         return self._read(size)
 
 
-def _refuse(archive: Path, members: Iterable[Member], free: int) -> None:
-    """Look at every member and raise DataError for the first that may not be."""
+def refuse_harmful(archive: Path, members: Iterable[Member], free: int | None = None) -> None:
+    """Look at every member and raise DataError for the first that may not be; with `free` bytes for all of them."""
     size = archive.stat().st_size
     files, folders, total = dict[str, str](), set[str](), 0
     for count, member in enumerate(members, 1):
         name = member.name
-        if fault := member.fault or _misnamed(name):
+        if fault := member.fault or misnamed(name):
             raise _fault(archive, f"{short(name)} {fault}")
         total += member.size
         if member.size > MAX_RATIO * (size if member.packed is None else member.packed) or total > MAX_RATIO * size:
             raise _fault(archive, f"{short(name)} unpacks to more than {MAX_RATIO} times its size")
         if total > MAX_BYTES or count > MAX_FILES:
             raise _fault(archive, f"there are more than {MAX_FILES:,} files in it, or {MAX_BYTES >> 30:,} GiB")
-        if total > free:
+        if free is not None and total > free:
             raise _fault(archive, f"needs at least {total:,} bytes in the cache, where {free:,} are free")
         # Also on disks to which A and a, or two spellings of é, are one name.
         plain = unicodedata.normalize("NFC", name.removeprefix("./").rstrip("/")).casefold()
@@ -140,8 +148,8 @@ def _refuse(archive: Path, members: Iterable[Member], free: int) -> None:
         raise _fault(archive, "there are no files in it")
 
 
-def _misnamed(name: str) -> str | None:
-    """What is wrong with a member's name."""
+def misnamed(name: str) -> str | None:
+    """What is wrong with a member's name, if anything."""
     parts = name.rstrip("/").split("/")
     if name.startswith("/") or ".." in parts or "\\" in name or DRIVE.match(name):
         return "leads out of the archive"
@@ -161,7 +169,7 @@ def _write(members: Iterable[Member], folder: Path) -> None:
 
 
 @contextmanager
-def _told(archive: Path) -> Iterator[None]:
+def told(archive: Path) -> Iterator[None]:
     """What is wrong with an archive, or with the disk, as an error of the data."""
     try:
         yield

@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .sample import Image, Video
@@ -80,7 +81,9 @@ def read_clip(found: Any, place: str, root: MediaFolder, beside: Mapping[str, An
         return Video(tuple(read_image(item, f"frame {at} of {place}", root) for at, item in enumerate(found, 1)))
     if not isinstance(found, str):
         raise Fault(f"{place} is {kind_of(found)}", 'Give a path, a list of frames, or {"path": ..., "start": s}.')
-    return Video(root.find(found, place, "clip"), start, end)
+    clip = root.find(found, place, "clip")
+    assert isinstance(clip, Path)  # within a .zip there are pictures alone
+    return Video(clip, start, end)
 
 
 def _seconds(found: Any, place: str) -> float | None:

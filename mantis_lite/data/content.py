@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .sample import Image, Sample, Video
+from .zipped import Zipped
 
 
 class Content(NamedTuple):
@@ -41,12 +42,12 @@ def content_of(sample: Sample) -> Content | None:
     except (OSError, ValueError):
         return None
     labels = json.dumps(sample.labels, sort_keys=True, default=str).encode()
-    here = [part.here if isinstance(part, _File) else part for part in parts]
-    anywhere = [part.anywhere if isinstance(part, _File) else part for part in parts]
+    here = [part if isinstance(part, bytes) else part.here for part in parts]
+    anywhere = [part if isinstance(part, bytes) else part.anywhere for part in parts]
     return Content(_hash(here, 16), int.from_bytes(_hash([*anywhere, labels], 8), "little", signed=True))
 
 
-def _parts(sample: Sample) -> Iterator[bytes | _File]:
+def _parts(sample: Sample) -> Iterator[bytes | _File | Zipped]:
     for turn in sample.turns:
         yield turn.role.encode()
         for part in turn.content:
@@ -56,14 +57,16 @@ def _parts(sample: Sample) -> Iterator[bytes | _File]:
                 yield from _of_video(part) if isinstance(part, Video) else _of_image(part)
 
 
-def _of_image(image: Image) -> Iterator[bytes | _File]:
+def _of_image(image: Image) -> Iterator[bytes | _File | Zipped]:
     if isinstance(image.source, bytes):
         yield from (b"bytes", image.source)
+    elif isinstance(image.source, Zipped):
+        yield image.source
     else:
         yield _of_file(image.source)
 
 
-def _of_video(video: Video) -> Iterator[bytes | _File]:
+def _of_video(video: Video) -> Iterator[bytes | _File | Zipped]:
     yield f"{'frames' if isinstance(video.source, tuple) else 'clip'}\0{video.start}\0{video.end}".encode()
     if isinstance(video.source, tuple):
         for image in video.source:

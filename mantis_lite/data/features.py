@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from ..errors import DiskError
 from ..files import write_whole
 from .lengths import cache_dir
+from .media import stream
 from .sample import Frame, Image
 from .vision import Pixels
+from .zipped import Zipped
 
 SIZE = "size"
 """The name of a picture's (width, height) among its features, so that it need not be opened to be written out."""
@@ -33,7 +35,7 @@ class Features:
     def __init__(self) -> None:
         self.folder: Path | None = None
         self._held: dict[str, Pixels] = {}
-        self._digests: dict[tuple[Path, int, int], str] = {}
+        self._digests: dict[tuple[Path | Zipped, int, int], str] = {}
 
     def keep_on_disk(self, facts: Mapping[str, Any]) -> None:
         """Keep them in the user's cache from now on, apart from those with other `facts`, which are written beside.
@@ -55,11 +57,11 @@ class Features:
         """
         if isinstance(image.source, bytes):
             return sha256(image.source).hexdigest()
-        stat = os.stat(image.source)
+        stat = os.stat(image.source.archive if isinstance(image.source, Zipped) else image.source)
         known = (image.source, stat.st_size, stat.st_mtime_ns)
         if known not in self._digests:
-            with image.source.open("rb") as file:
-                self._digests[known] = file_digest(file, "sha256").hexdigest()
+            with stream(image.source) as file:
+                self._digests[known] = file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         digest = self._digests[known]
         return f"{digest}-{image.at!r}" if isinstance(image, Frame) else digest
 

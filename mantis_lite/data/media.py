@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import PIL.Image
@@ -17,6 +18,7 @@ from PIL.Image import Transpose
 
 from ..errors import SampleError
 from .sample import Frame, Image, Sample
+from .zipped import Zipped
 
 RULES = 2
 """To be raised when this file makes another size or other pixels of a picture: what is kept from before is not used."""
@@ -45,7 +47,10 @@ UPRIGHT = {
 }
 """What to do with a picture by its EXIF orientation; from 5 on the sides change places."""
 
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error)
+BROKEN = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error),
+    BadZipFile,
+)
 """What Pillow raises of a file that is broken, by its format and by where."""
 
 
@@ -60,11 +65,18 @@ def header(image: Image, sample: Sample, max_size: int | None = None) -> Header:
     """What the header says of a picture; raises SampleError."""
     if isinstance(image, Frame):
         return Header(_fitted(image.size, max_size), False)
-    if isinstance(image.source, Path) and (found := _jpeg_size(image.source)):
+    if not isinstance(image.source, bytes) and (found := _jpeg_size(image.source)):
         return Header(_fitted(found, max_size), False)
     with _opened(image, sample) as picture:
         more = getattr(picture, "is_animated", False) and picture.format != "MPO"
         return Header(_fitted(_upright(picture.size, _orientation_of(picture)), max_size), more)
+
+
+def stream(source: Path | bytes | Zipped) -> IO[bytes]:
+    """The bytes of a picture's file. Raises OSError."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return source.open() if isinstance(source, Zipped) else source.open("rb")
 
 
 def size(image: Image, sample: Sample, max_size: int | None = None) -> tuple[int, int]:
@@ -156,19 +168,19 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-def _jpeg_size(path: Path) -> tuple[int, int] | None:
+def _jpeg_size(source: Path | Zipped) -> tuple[int, int] | None:
     """A JPEG's size upright, in a fraction of Pillow's time; None where Pillow must look, or say what is wrong."""
-    if path.suffix.lower() not in (".jpg", ".jpeg") or not path.is_file():
+    if not str(source).lower().endswith((".jpg", ".jpeg")) or (isinstance(source, Path) and not source.is_file()):
         return None
     try:
-        with path.open("rb") as file:
+        with stream(source) as file:
             found = _jpeg_header(file) if file.read(2) == b"\xff\xd8" else None
-    except (OSError, struct.error):
+    except (OSError, EOFError, struct.error, zlib.error, BadZipFile):
         return None
     return None if found is None or not all(found) or unfit(found) else found
 
 
-def _jpeg_header(file: io.BufferedReader) -> tuple[int, int] | None:
+def _jpeg_header(file: IO[bytes]) -> tuple[int, int] | None:
     """The size upright from the segments in front of the pixels; None where they are not as in every JPEG."""
     frames, exifs = [], []
     while True:
@@ -204,7 +216,7 @@ def _opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
     try:
         if isinstance(source, Path) and source.is_fifo():
             raise OSError("it is a pipe, not a file")  # to open it is to wait for who writes to it
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+        with stream(source) as file, PIL.Image.open(file, formats=FORMATS) as picture:
             if odd := unfit(picture.size):
                 raise _unreadable(image, sample, odd, "Scale it down or crop it")
             _refuse_unknown_white(picture)
@@ -212,8 +224,8 @@ def _opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
     except SampleError:
         raise
     except FileNotFoundError:
-        assert isinstance(source, Path)
-        raise missing(source, sample) from None
+        assert not isinstance(source, bytes)
+        raise missing(source.archive if isinstance(source, Zipped) else source, sample) from None
     except PIL.UnidentifiedImageError:
         raise _unreadable(image, sample, "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture") from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:

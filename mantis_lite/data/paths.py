@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 from .columns import Fault, short
 from .download import DownloadError, fetch, kept
 from .sample import Sample
+from .zipped import Zipped
 
 ODD = re.compile("[\\\\:~\0\ud800-\udfff]|^$")
 """Few names have any of these, and only those are looked at closer."""
@@ -43,7 +44,7 @@ class MediaFolder:
     _known: dict[str, _Listed] = field(default_factory=dict, compare=False, repr=False)
     """What names begin with, up to their last slash, where that is a folder that rows may name."""
 
-    def find(self, name: str, place: str, kind: str) -> Path:
+    def find(self, name: str, place: str, kind: str) -> Path | Zipped:
         """The file of a picture or clip, or a clip's folder of frames, that a row names in a place. Raises Fault.
 
         Links are followed: it is where a file really lies that counts. A file that is not there is no fault here, as

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
@@ -22,8 +21,11 @@ from .content import Content, content_of
 from .encode import Encoder
 from .labels import Labels, RowLabels, first_named, label_notices, name_labels, read_labels
 from .lengths import LengthCache, Measured
+from .mixing import by_square_root
+from .mixture import sources_of
 from .sample import Sample
-from .source import Rows, expand, open_source
+from .source import Rows, open_source
+from .subsets import refuse_absent
 
 CHUNK = 256  # rows measured together, so that the tokenizer works on many texts at once
 
@@ -110,6 +112,9 @@ def prepare(
         prepared.held_out = prepared.train.take(np.sort(order[:held_out]))
         prepared.held_out.weights = [1.0] * len(prepared.held_out.weights)  # each is asked once
         prepared.train = prepared.train.take(np.sort(order[held_out:]))
+    if data.balance == "sqrt":
+        counts = np.bincount(prepared.train.source, minlength=len(prepared.train.rows))
+        prepared.train.weights = by_square_root(counts.tolist(), prepared.train.weights)
     cache.save()
     if not len(prepared.train) and not every_fault:
         raise DataError(
@@ -266,7 +271,10 @@ class _Reader:
         opened = []
         for source in sources:
             with self.whole():
-                specs += _specs(source, self.task)
+                listed, notices = sources_of(source, self.task, self.encoder.frames.media, self.packing)
+                self.prepared.notices.update(notices)
+                refuse_absent(listed)
+                specs += listed
         for spec in specs:
             with self.whole():
                 opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
@@ -348,20 +356,3 @@ class _Reader:
         else:
             raise error
         return False
-
-
-def _specs(source: SourceRecipe, task: Task) -> list[SourceRecipe]:
-    """A source itself, or those that an upstream data_config.yaml lists."""
-    if not source.path.endswith((".yaml", ".yml")):
-        return [source]
-    if beside := sorted(source.model_fields_set - {"path", "weight"}):
-        raise DataError(
-            f"{source.path}: {', '.join(beside)} beside a list of sources\n  Write it into the list's entries."
-        )
-    try:
-        listed = [SourceRecipe(**settings) for settings in expand(source.path, task)]
-    except ValidationError as error:
-        first = error.errors()[0]
-        found = f"{first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}"
-        raise DataError(f"{source.path}: {found}\n  Mend the entry.") from None
-    return [each.model_copy(update={"weight": each.weight * source.weight}) for each in listed]

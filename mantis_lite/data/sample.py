@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .zipped import Zipped
+
 Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture, not yet opened: a file's path, or the bytes of a file."""
+    """A picture, not yet opened: a file's path, the bytes of a file, or a file within a .zip."""
 
-    source: Path | bytes
+    source: Path | bytes | Zipped
 
 
 @dataclass(frozen=True, slots=True)

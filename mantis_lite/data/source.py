@@ -1,48 +1,34 @@
-"""Where rows come from: JSON and Parquet files, dataset folders, the Hub; and Mantis' data_config.yaml."""
+"""Where rows come from: JSON and Parquet files, dataset folders, what was downloaded of the Hub, and the Hub."""
 
 from __future__ import annotations
 
 import difflib
 import glob
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml.error import YAMLError
 
 from ..errors import DataError, SampleError
 from ..recipe import SourceRecipe, Task
-from ..secrets import refuse_secrets
-from ..yaml_text import load_yaml, read_text
 from .archives import SUFFIXES as ARCHIVES
 from .archives import unpack
 from .columns import Fault
+from .counting import list_counts, plain_count
 from .lines import Lines
 from .paths import MediaFolder
 from .sample import Sample
 from .schema import parse
+from .subsets import Subset, archives_of, config_and_split, refuse_absent, subset_of
+from .zips import open_zips
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 SPLITS = {"train", "val", "validation", "valid", "dev", "test", "eval"}
 SHUFFLE_SEED = 42  # upstream's
-
-# The keys of a data_config.yaml: those a source has too, those read here, and those that are set elsewhere.
-SAME = ("path", "name", "split", "revision", "weight", "max_size", "shuffle", "max_num_images", "media_dir", "vl_only")
-READ = (*SAME, "format", "type", "video_dir")
-ELSEWHERE = {
-    "max_seq_len": "set packing.max_length",
-    "max_image_size": "set media.max_image_size",
-    "sample_ratio": "set weight",
-    "packing_same_mm_media": "remove it: packs are planned by length",
-    "offline_sha": "remove it: datasets finds its cache without",
-    **dict.fromkeys(("max_num_frames", "num_frames"), "set media.num_frames, and remove it"),
-    "fps": "set media.fps and media.max_frames, and remove it",
-    "sampling": "set media.sampling, and remove it",
-}
-TASKS = {"chat": "chat", "chat_video": "video", "classification": "classify", "qwen2_video_classification": "classify"}
 
 
 class Rows:
@@ -54,13 +40,21 @@ class Rows:
 
     task: Task = "chat"
 
-    def __init__(self, name: str, root: Path | None, records: Any, decode: Any = None, numbers: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Path | None,
+        records: Any,
+        decode: Any = None,
+        numbers: Any = None,
+        counts: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         if not len(records):
             raise _fault(name, "there are no rows in it", "Give a source with rows.")
         self.name, self.media = name, MediaFolder(root)
         self.selected = np.arange(len(records))
         self.dropped: dict[str, int] = {}
-        self._records, self._decode = records, decode
+        self._records, self._decode, self._counts = records, decode, counts
         self._numbers = self.selected + 1 if numbers is None else np.array(numbers)
 
     def __len__(self) -> int:
@@ -91,7 +85,7 @@ class Rows:
         if spec.shuffle:
             self.selected = np.random.default_rng(SHUFFLE_SEED).permutation(len(self))
         if spec.max_num_images is not None or spec.vl_only:
-            pictures = np.array([self._pictures(i) for i in range(len(self))])
+            pictures = self._pictures()
             crowded = pictures > (spec.max_num_images or np.inf)
             self._drop({"max_num_images": crowded, "vl_only": (pictures == 0) & spec.vl_only})
         if spec.max_size is not None:
@@ -101,12 +95,20 @@ class Rows:
             raise _fault(self.name, "no row is left", f"Left out were {left_out}: change that.")
         return self
 
-    def _pictures(self, i: int) -> int:
+    def _pictures(self) -> np.ndarray:
+        """How many pictures and clips each row has; -1 of a bad one, which is kept, so that who reads it says why."""
+        if self.task == "chat" and self._counts is not None:
+            return self._counts()[self.selected]
+        return np.array([self._pictures_of(i) for i in range(len(self))])
+
+    def _pictures_of(self, i: int) -> int:
         try:
+            if self.task == "chat" and (count := plain_count(self.row(i))) is not None:
+                return count
             sample = self.sample(i)
             return len(sample.images) + len(sample.videos)
         except SampleError:
-            return -1  # a bad row is kept, so that whoever reads it hears what is wrong
+            return -1
 
     def _drop(self, rows: dict[str, np.ndarray]) -> None:
         self.selected = self.selected[~np.any(list(rows.values()), axis=0)]
@@ -117,17 +119,20 @@ def open_source(spec: SourceRecipe, task: Task = "chat", outside: bool = False, 
     """Open what `spec.path` names for a task and keep the rows its settings ask for; raises DataError.
 
     A file (.json or .jsonl, with .gz or without; .parquet), a folder of Parquet, a folder of
-    `Dataset.save_to_disk`, or user/name[:config][:split] on the Hub. What rows name lies in its folder or `media_dir`,
-    but for `outside` and `urls` of the recipe's data.
+    `Dataset.save_to_disk`, a subset of a dataset that was downloaded, or user/name[:config][:split] on the Hub. What
+    rows name lies in its folder, its .zip files or `media_dir`, but for `outside` and `urls` of the recipe's data.
     """
     path = Path(spec.path)
-    if path.is_dir():
+    if (subset := subset_of(spec)) is not None:
+        rows = _open_subset(subset, spec)
+    elif path.is_dir():
         rows = _open_folder(path, spec)
     else:
         rows = _open_file(path, spec) if path.is_file() else _open_hub(spec)
     rows.task = task
-    folder = rows.media.folder if spec.media_dir is None else _media_dir(Path(spec.media_dir))
-    rows.media = MediaFolder(folder, outside, urls)
+    if spec.media_dir is not None:
+        rows.media = MediaFolder(_media_dir(Path(spec.media_dir)))
+    rows.media = replace(rows.media, outside=outside, urls=urls)
     return rows.select(spec)
 
 
@@ -139,60 +144,6 @@ def _media_dir(path: Path) -> Path:
         return unpack(path)
     found = "no such folder" if not path.exists() else "neither a folder nor an archive"
     raise _fault(path, f"media_dir is {found}", f"Name the folder of the files, or a {' or '.join(ARCHIVES)} of it.")
-
-
-def expand(path: str, task: Task = "chat") -> list[dict[str, Any]]:
-    """The sources that a Mantis data_config.yaml lists for a task, as SourceRecipe's fields.
-
-    Raises DataError, and RecipeError for a token in it.
-    """
-    try:
-        text = read_text(Path(path))
-        refuse_secrets(text, path)
-        config = load_yaml(text)
-    except (OSError, YAMLError) as error:
-        raise _fault(path, f"cannot be read: {_line(error)}", "Give a data_config.yaml.") from None
-    refuse_secrets(config, path)
-    entries = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
-        raise _fault(path, "no list of sources", "Write them under `data:`, each with a path and format.")
-    problems = [f"data[{at}].{problem}" for at, entry in enumerate(entries) for problem in _problems(entry, task)]
-    if problems:
-        raise DataError("\n".join(f"{path}: {problem}" for problem in problems))
-    return [_settings(entry, Path(path).parent) for entry in entries]
-
-
-def _problems(entry: dict[str, Any], task: Task) -> Iterator[str]:
-    form, kind, split = entry.get("format"), entry.get("type", "huggingface"), entry.get("split")
-    rows = "chat" if task == "pretrain" else task  # captions are rows of chat, which the original writes otherwise
-    if TASKS.get(str(form)) != rows:
-        here = ", ".join(name for name, of in TASKS.items() if of == rows)
-        yield f"format: {form} belongs to task={TASKS.get(str(form), 'none')}; here is read {here}"
-    if kind not in ("huggingface", "json", "jsonl"):
-        yield f"type: {kind} is not known; write huggingface, json or jsonl"
-    if split not in (None, "train"):
-        yield f"split: {split} is not trained on; name it in data.eval"
-    if not isinstance(entry.get("path"), str):
-        yield "path: missing; write the file or the dataset on the Hub"
-    if entry.get("revision") == "script":
-        yield "revision: script is not read here, as datasets runs no scripts any more; remove it"
-    for key, value in entry.items():
-        if key in ELSEWHERE and value is not None and value is not False:
-            yield f"{key}: {value} is not read here; {ELSEWHERE[key]}"
-        elif key not in ELSEWHERE and key not in READ:
-            near = difflib.get_close_matches(str(key), READ, 1)
-            yield f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "remove it")
-
-
-def _settings(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
-    settings = {key: entry[key] for key in SAME if entry.get(key) is not None}
-    if entry.get("video_dir") is not None:
-        settings["media_dir"] = str(folder / entry["video_dir"])
-    if entry.get("type", "huggingface") == "huggingface":
-        return settings
-    beside = folder / entry["path"]  # or else in the working directory, as upstream
-    path = str(beside) if beside.exists() else entry["path"]
-    return settings | {"path": path, "name": None, "split": None}  # both are only labels of a file
 
 
 def _refuse(spec: SourceRecipe, *settings: str) -> None:
@@ -232,6 +183,26 @@ def _open_folder(path: Path, spec: SourceRecipe) -> Rows:
     return _arrow(path.name, path, _read_parquet(files))
 
 
+def _open_subset(subset: Subset, spec: SourceRecipe) -> Rows:
+    refuse_absent([spec])
+    held = subset.held
+    assert held is not None
+    if spec.revision not in (None, "main", held.revision):
+        found = f"revision={spec.revision} is not {held.revision}, of which the subsets in {held.folder} are"
+        raise _fault(spec.path, found, "Remove revision, or download that revision to another folder.")
+    if subset.name is None:
+        raise _fault(spec.path, "a dataset of subsets", f"Set name to one of: {', '.join(held.splits)}.")
+    files = [held.folder / name for name in held.files_of(subset.name, subset.split)]
+    rows = _arrow(
+        f"{held.repo}:{subset.name}:{subset.split}",
+        held.folder / subset.name,
+        _read_parquet([file for file in files if file.suffix == ".parquet"]),
+    )
+    if archives := archives_of(held, subset.name, subset.split):
+        rows.media = open_zips(archives)
+    return rows
+
+
 def _open_saved(path: Path, spec: SourceRecipe) -> Rows:
     from datasets import DatasetDict, load_from_disk
 
@@ -267,7 +238,8 @@ def _arrow(name: str, root: Path | None, dataset: Any) -> Rows:
 
     classes = {column: kind for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
     # Arrow's own view of a row: the table stays memory-mapped, and pictures stay the bytes of their files.
-    return Rows(name, root, dataset.with_format("arrow"), partial(_first, classes))
+    rows = dataset.with_format("arrow")
+    return Rows(name, root, rows, partial(_first, classes), counts=list_counts(rows))
 
 
 def _first(classes: Mapping[str, Any], table: Any) -> dict[str, Any]:
@@ -306,9 +278,7 @@ def _hub_name(spec: SourceRecipe) -> tuple[str, str | None, str]:
         remedy = f"Did you mean {near}?" if near else "A dataset on the Hub is user/name[:config][:split]."
         raise _fault(spec.path, "no such file or folder", remedy)
     repo, config, split = hub.groups()
-    if (config and spec.name not in (None, config)) or (split and spec.split not in (None, split)):
-        raise _fault(spec.path, f"name={spec.name}, split={spec.split} differ from it", "Write each once.")
-    return repo, config or spec.name, split or spec.split or "train"
+    return repo, *config_and_split(spec, config, split)
 
 
 def _nearest(path: Path) -> Path | None:

@@ -70,7 +70,6 @@ class Ranks:
         """Whether it is so for every process."""
         return not self.highest(not flag)
 
-
     def _together(self, does: Callable[[distributed.ProcessGroup], object]) -> None:
         """Do something with the other processes; where one has ended, which says why itself, end as well."""
         if self.group is None:
