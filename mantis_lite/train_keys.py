@@ -35,8 +35,9 @@ REFUSED = {
     "auto_find_batch_size": "a pack is the batch; `mantis-lite fit` says beforehand whether it fits",
     "do_train": "that is what the command does",
     "do_predict": "there is nothing to predict on",
-    "deepspeed": "set launch.strategy",
-    "fsdp": "set launch.strategy",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "set launch.strategy"),
+    "accelerator_config": "the plan gives each GPU its packs",
+    "average_tokens_across_devices": "the loss of a step is the mean over all that is trained of it, on all GPUs",
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
         "a run pushes nothing while it trains; afterwards `mantis-lite push RUN_DIR user/name` does",

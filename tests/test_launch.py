@@ -1,6 +1,5 @@
 """Runs of several processes are started by one command, join where others have started them, and end with its code."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,10 +12,8 @@ from helpers import chat, losses, recipe, write_rows
 from mantis_lite.errors import RecipeError
 from mantis_lite.training.checkpoints import saved
 from mantis_lite.training.launch import launch_config
-from mantis_lite.training.ranks import ALONE, world
+from mantis_lite.training.ranks import world
 from mantis_lite.training.strategy import deepspeed_config, require_strategy, settled_launch, strategy_arguments
-
-ALONE_HERE = pytest.mark.skipif("RANK" in os.environ, reason="this process is one of several itself")
 
 
 def launched(**launch):
@@ -119,7 +116,7 @@ def test_deepspeed_is_told_by_files_that_leave_to_the_recipe_what_is_its(strateg
     assert ("offload_param" in config["zero_optimization"]) == strategy.endswith("offload")
     for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
         assert config[key] == "auto"
-    assert strategy_arguments(launched(strategy=strategy), ALONE)["deepspeed"] == config
+    assert strategy_arguments(launched(strategy=strategy))["deepspeed"] == config
 
 
 @pytest.fixture(scope="module")

@@ -247,9 +247,8 @@ def test_settings_that_contradict(settings, message):
     [
         ({"task": "rank"}, "task: input should be 'chat', 'video', 'classify' or 'pretrain', found 'rank'"),
         ({"trainable": {"lr": {"projector": 1e-3}}}, "trainable.lr: one learning rate for all parts"),
-        ({"launch": {"gpus": 2}}, "launch: one GPU only for now"),
     ],
-    ids=["task", "lr", "launch"],
+    ids=["task", "lr"],
 )
 def test_a_key_that_nothing_reads_yet_is_not_ignored(settings, message):
     assert refused(settings).startswith(message)
@@ -335,7 +334,6 @@ OTHER = {
     "eval.benchmarks": ["nlvr2"],
     "eval.metric": "loss",
     "eval.patience": 2,
-    "launch": {"gpus": 2},
 }
 
 

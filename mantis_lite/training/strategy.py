@@ -70,20 +70,22 @@ def join_processes(recipe: Recipe) -> Ranks:
     return ranks
 
 
-def strategy_arguments(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+def process_arguments(ranks: Ranks) -> dict[str, Any]:
+    """TrainingArguments of a run of several processes that a recipe may have otherwise."""
+    if ranks.group is None:
+        return {}
+    settings: dict[str, Any] = {"ddp_find_unused_parameters": False}  # each process has a use for all that trains
+    return settings if torch.cuda.is_available() else settings | {"ddp_backend": "gloo"}
+
+
+def strategy_arguments(recipe: Recipe) -> dict[str, Any]:
     """TrainingArguments of a recipe's strategy."""
-    strategy = recipe.strategy
-    shared: dict[str, Any] = {"average_tokens_across_devices": True}
-    if ranks.group is not None and not torch.cuda.is_available():
-        shared["ddp_backend"] = "gloo"
-    if strategy == "ddp":
-        return shared | {"ddp_find_unused_parameters": False}
-    if strategy == "fsdp2":
+    if recipe.strategy in ("single", "ddp"):
+        return {}
+    if recipe.strategy == "fsdp2":
         wrapped = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
-        return shared | {"fsdp": True, "fsdp_config": wrapped}
-    if strategy == "single":
-        return shared
-    return shared | {"deepspeed": deepspeed_config(strategy)}
+        return {"fsdp": True, "fsdp_config": wrapped}
+    return {"deepspeed": deepspeed_config(recipe.strategy)}
 
 
 def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -46,10 +47,10 @@ from .slices import (
     whole_weights,
     zero_slices,
 )
-from .strategy import gather_at_once, strategy_arguments
+from .strategy import gather_at_once, process_arguments, strategy_arguments
 from .workers import Deaths, Doing, Feed, WorkerError
 
-SHARED = "shared.pt"
+SHARED = "shared.json"
 """In a checkpoint of what is in parts: the scheduler, and how many steps the optimizer has taken."""
 
 
@@ -218,7 +219,7 @@ class Lasting(Trainer):
         save_slices(Path(output_dir), self._slices(), self.ranks)
         if self.ranks.is_first:
             kept = {"scheduler": self.lr_scheduler.state_dict(), "steps": steps_taken(self._states)}
-            torch.save(kept, Path(output_dir) / SHARED)
+            (Path(output_dir) / SHARED).write_text(json.dumps(kept))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As the trainer's own, which would look for a checkpoint of DeepSpeed's or FSDP's."""
@@ -233,7 +234,7 @@ class Lasting(Trainer):
 
     def _load_shares(self, checkpoint: Path) -> None:
         """What this process holds of a checkpoint that any number of processes has written."""
-        kept = torch.load(checkpoint / SHARED, map_location="cpu", weights_only=True)
+        kept = json.loads((checkpoint / SHARED).read_text())
         if self.is_deepspeed_enabled:
             begin_moments(self.optimizer.optimizer, kept["steps"])
         load_slices(checkpoint, self._slices())
@@ -372,6 +373,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = A
         "disable_tqdm": True,
         "eval_strategy": "steps" if recipe.eval.every else "epoch" if evaluates else "no",
         "eval_steps": recipe.eval.every,
+        **process_arguments(ranks),
     }
     scores = recipe.task == "classify"
     fixed: dict[str, Any] = {
@@ -386,7 +388,8 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = A
         "remove_unused_columns": False,
         "prediction_loss_only": not scores,
         "gradient_checkpointing": False,  # what is computed again, models/activations.py has set
-        **strategy_arguments(recipe, ranks),
+        "average_tokens_across_devices": True,
+        **strategy_arguments(recipe),
     }
     if scores:
         fixed["label_names"] = ["labels"]
