@@ -78,7 +78,8 @@ def settings(llava_folder, tmp_path):
 def test_a_run_leaves_what_it_was_and_what_it_did(settings, tmp_path):
     folder = train(make_recipe(settings))
     assert folder == tmp_path / "run/adapter"
-    assert load_recipe(tmp_path / "run/recipe.yaml") == make_recipe(settings)
+    found = {"launch": {"strategy": "single"}, "packing": settings["packing"] | {"balance": 1}}
+    assert load_recipe(tmp_path / "run/recipe.yaml") == make_recipe(settings | found)
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert logs[-1]["epoch"] == 2

@@ -96,8 +96,24 @@ class _Written:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def zero_slices(model: nn.Module, optimizer: Any) -> list[Slice]:
-    """The slices that a process holds of what trains under DeepSpeed's ZeRO, stage 2 or 3, in float32."""
+def slices_of(model: nn.Module, optimizer: Any) -> list[Slice]:
+    """The slices that this process holds of what trains, under DeepSpeed's ZeRO or FSDP2, by their optimizer."""
+    return _of_zero(model, optimizer) if hasattr(optimizer, "optimizer") else _of_dtensors(model, optimizer)
+
+
+def begin_moments(model: nn.Module, optimizer: Any, step: int) -> None:
+    """Make room for Adam's moments, as after so many steps, before the first is taken here."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's has torch's within
+    group = inner.param_groups[0]
+    held = [parameter for _, parameter in trained(model)] if inner is optimizer else _flats(optimizer)
+    for tensor in held:
+        device = tensor.device if group.get("fused") or group.get("capturable") else "cpu"
+        moments = {key: torch.zeros_like(tensor.detach()) for key in MOMENTS}
+        inner.state[tensor] = {"step": torch.tensor(float(step), device=device), **moments}
+
+
+def _of_zero(model: nn.Module, optimizer: Any) -> list[Slice]:
+    """Under ZeRO, stage 2 or 3, what is kept in float32."""
     found = []
     flats = _flats(optimizer)
     for name, parameter in trained(model):
@@ -117,17 +133,26 @@ def zero_slices(model: nn.Module, optimizer: Any) -> list[Slice]:
     return found
 
 
-def begin_moments(optimizer: Any, step: int) -> None:
-    """Make room for the moments of ZeRO's Adam, as after so many steps, before the first is taken here."""
-    inner = optimizer.optimizer
-    fused = inner.param_groups[0].get("fused") or inner.param_groups[0].get("capturable")
-    for flat in _flats(optimizer):
-        taken = torch.tensor(float(step), device=flat.device if fused else "cpu")
-        inner.state[flat] = {"step": taken, **{key: torch.zeros_like(flat.data) for key in MOMENTS}}
+def _of_dtensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Slice]:
+    """Under FSDP2, which parts tensors by their first dimension."""
+    found = []
+    for name, parameter in trained(model):
+        assert isinstance(parameter, DTensor), f"{name} is not in parts"
+        state = optimizer.state.get(parameter, {})
+        kept = {VALUE: parameter.data, **{key: state[key] for key in MOMENTS if key in state}}
+        _, offset = compute_local_shape_and_global_offset(
+            parameter.shape,
+            parameter.device_mesh,
+            parameter.placements,
+        )
+        start = offset[0] * parameter.shape[1:].numel() if parameter.dim() else 0
+        flat = {what: tensor.to_local().view(-1) for what, tensor in kept.items()}
+        found.append(Slice(name, start, flat))
+    return [each for each in found if each.kept[VALUE].numel()]
 
 
 def _flats(optimizer: Any) -> list[Tensor]:
-    """What a process holds of each group of parameters, laid flat."""
+    """What a process holds of each group of parameters under ZeRO, laid flat."""
     stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     return optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
 
@@ -163,24 +188,6 @@ def _whole(parameter: Any) -> Tensor:
         with zero.GatheredParameters([parameter]):
             return parameter.detach().float().clone()
     return parameter.detach().float()
-
-
-def sharded_slices(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Slice]:
-    """The slices that a process holds of what trains under FSDP2, which parts tensors by their first dimension."""
-    found = []
-    for name, parameter in trained(model):
-        assert isinstance(parameter.data, DTensor), f"{name} is not in parts"
-        state = optimizer.state.get(parameter, {})
-        kept = {VALUE: parameter.data, **{key: state[key] for key in MOMENTS if key in state}}
-        _, offset = compute_local_shape_and_global_offset(
-            parameter.shape,
-            parameter.device_mesh,
-            parameter.placements,
-        )
-        start = offset[0] * parameter.shape[1:].numel() if parameter.dim() else 0
-        flat = {what: tensor.to_local().view(-1) for what, tensor in kept.items()}
-        found.append(Slice(name, start, flat))
-    return [each for each in found if each.kept[VALUE].numel()]
 
 
 def trained(model: nn.Module) -> list[tuple[str, Any]]:

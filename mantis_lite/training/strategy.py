@@ -88,6 +88,20 @@ def strategy_arguments(recipe: Recipe) -> dict[str, Any]:
     return {"deepspeed": deepspeed_config(recipe.strategy)}
 
 
+def wrap_layers(model: nn.Module, plugin: Any) -> None:
+    """Have FSDP2 part the language model's layers one by one, and all else as a whole.
+
+    By itself it would part a tower's layers as well, which processes call unlike often: see `gather_at_once`.
+    """
+    plugin.transformer_cls_names_to_wrap = [layer_class(model).__name__]
+
+
+def layer_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a language model's layers."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return type(base.model.get_decoder().layers[0])
+
+
 def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:
     """Have ZeRO-3 gather these parts of a model as a whole, where the module that they lie in begins.
 

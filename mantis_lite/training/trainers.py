@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -36,18 +37,16 @@ from .numbers import Numbers, numel
 from .ranks import ALONE, Ranks
 from .signals import leave_signals
 from .slices import (
-    Slice,
     begin_moments,
     load_computed,
     load_slices,
     save_slices,
-    sharded_slices,
+    slices_of,
     steps_taken,
     trained,
     whole_weights,
-    zero_slices,
 )
-from .strategy import gather_at_once, process_arguments, strategy_arguments
+from .strategy import gather_at_once, process_arguments, strategy_arguments, wrap_layers
 from .workers import Deaths, Doing, Feed, WorkerError
 
 SHARED = "shared.json"
@@ -202,11 +201,6 @@ class Lasting(Trainer):
             inner = inner.optimizer
         return inner.state
 
-    def _slices(self) -> list[Slice]:
-        if self.is_deepspeed_enabled:
-            return zero_slices(self.model, self.optimizer.optimizer)
-        return sharded_slices(self.model, self.optimizer.optimizer)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the trainer's own; what is in parts is saved with its moments."""
         if not self.is_sharded:
@@ -216,7 +210,7 @@ class Lasting(Trainer):
         """As the trainer's own; of what is in parts each process writes its own."""
         if not self.is_sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_slices(Path(output_dir), self._slices(), self.ranks)
+        save_slices(Path(output_dir), slices_of(self.model, self.optimizer.optimizer), self.ranks)
         if self.ranks.is_first:
             kept = {"scheduler": self.lr_scheduler.state_dict(), "steps": steps_taken(self._states)}
             (Path(output_dir) / SHARED).write_text(json.dumps(kept))
@@ -225,7 +219,11 @@ class Lasting(Trainer):
         """As the trainer's own, which would look for a checkpoint of DeepSpeed's or FSDP's."""
         if not self.is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            wrap_layers(self.model, self.accelerator.state.fsdp_plugin)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_fsdp_enabled:  # or accelerate has silently made it DDP
+            assert all(isinstance(parameter, DTensor) for _, parameter in trained(self.model)), "nothing is in parts"
         if is_deepspeed_zero3_enabled():
             gather_at_once(self.model, self.seen_by)
         if resume_from_checkpoint is not None:
@@ -235,9 +233,8 @@ class Lasting(Trainer):
     def _load_shares(self, checkpoint: Path) -> None:
         """What this process holds of a checkpoint that any number of processes has written."""
         kept = json.loads((checkpoint / SHARED).read_text())
-        if self.is_deepspeed_enabled:
-            begin_moments(self.optimizer.optimizer, kept["steps"])
-        load_slices(checkpoint, self._slices())
+        begin_moments(self.model, self.optimizer.optimizer, kept["steps"])
+        load_slices(checkpoint, slices_of(self.model, self.optimizer.optimizer))
         if self.is_deepspeed_enabled:
             load_computed(checkpoint, self.model, self.ranks)
         self._go_on(partial(self._load_scheduler, kept["scheduler"]))
