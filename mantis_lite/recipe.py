@@ -211,7 +211,7 @@ class Recipe(Section):
             return self.launch.strategy
         if (self.launch.gpus or 1) * self.launch.nodes == 1:
             return "single"
-        return "zero3" if self.method == "full" else "ddp"
+        return "zero3" if self.part("language_model") == "full" else "ddp"
 
     @property
     def sharded(self) -> bool:
