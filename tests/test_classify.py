@@ -528,7 +528,7 @@ def test_check_shows_a_prompt_and_its_target(llava_folder, tmp_path):
 def test_the_real_rows_train_end_to_end(folder_of, tmp_path, name):
     model = GOLDEN / "idefics2" if GOLDEN.exists() else folder_of("idefics2")
     run = tmp_path / "run"
-    words = [f"data={REAL}", f"model={model}", f"run_dir={run}", "train.save_strategy=no"]
+    words = [f"data={REAL}", f"model={model}", f"run_dir={run}", "train.save_strategy=no", "launch.strategy=single"]
     words += ["train.samples_per_step=12", "train.learning_rate=3e-3", "train.num_train_epochs=2"]
     done = CliRunner().invoke(app, ["train", name, *words])
     assert done.exit_code == 0, (done.output, done.exception)

@@ -112,7 +112,7 @@ def test_two_stages_by_two_commands(halves, drawn, tmp_path, tower):
     start, one = tensors_of(assembled(cache_dir() / "assembled")), tensors_of(first)
     assert moved(start, one) == PROJECTOR
     words = ["data=" + str(drawn[1]), f"run_dir={tmp_path / 'two'}", f"model={first}", *SMALL]
-    told("train", f"chat-{tower}-llama3-full", *words, "train.learning_rate=1e-3")
+    told("train", f"chat-{tower}-llama3-full", *words, "train.learning_rate=1e-3", "launch.strategy=single")
     two = tensors_of(tmp_path / "two/model")
     assert moved(one, two) == {key for key in one if not key.startswith("vision_tower.")}
     for key in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
