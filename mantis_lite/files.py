@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(file: Path, content: bytes, synced: bool = True) -> None:
-    """Write a file beside its place and rename it, so that no reader sees half of it. Raises OSError.
+def write_whole(file: Path, content: bytes | Iterable[bytes], synced: bool = True) -> None:
+    """Write a file, or its pieces, beside its place and rename it, so that no reader sees half of it. Raises OSError.
 
     What is not `synced` may be lost with the machine's power, as what is made anew then may.
     """
     beside = file.with_name(f"{file.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
         with beside.open("wb") as opened:
-            opened.write(content)
+            opened.writelines([content] if isinstance(content, bytes) else content)
             opened.flush()
             if synced:
                 os.fsync(opened.fileno())
@@ -32,3 +35,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time; a second waits. Raises OSError."""
+    with lock.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..errors import DataError, one_line
+from ..files import alone
 from .columns import short
 from .lengths import cache_dir
 from .paths import DRIVE
@@ -57,7 +57,7 @@ def unpack(archive: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_suffix(".lock")), _told(archive):
+    with alone(folder.with_suffix(".lock")), _told(archive):  # a second process waits, and finds it done
         if not folder.is_dir():
             _refuse(archive, _members(archive), shutil.disk_usage(folder.parent).free)
             part = folder.with_suffix(".part")
@@ -167,14 +167,6 @@ def _write(members: Iterable[Member], folder: Path) -> None:
         if not member.folder:
             with member.open() as source, path.open("xb") as target:
                 shutil.copyfileobj(source, target, MAX_PIECE)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; a second waits, and finds it done."""
-    with lock.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

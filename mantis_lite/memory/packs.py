@@ -9,10 +9,11 @@ from itertools import chain
 import numpy as np
 
 from ..data import media
+from ..data.chunks import too_large
 from ..data.dataset import Schedule, pack_epoch, schedule
 from ..data.encode import Encoder
 from ..data.lengths import Measured
-from ..data.prepare import Samples, too_large
+from ..data.prepare import Samples
 from ..data.vision import Size, Vision, bounded
 from ..errors import SampleError
 from ..models.checkpoint import Checkpoint
