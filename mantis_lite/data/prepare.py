@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,8 @@ class Prepared:
     rows_read: int = 0
     oversize: int = 0
     labels: Labels | None = None
+    made_by: str = ""
+    """A hash of what `prepare` was asked."""
 
 
 def prepare(
@@ -90,7 +93,8 @@ def prepare(
     FitError, DataError; with `every_fault` none of them: `rejects` then has all that is wrong, of rows and of sources.
     `workers` processes read beside this one, by default as many as there are cores where that is sooner.
     """
-    prepared = Prepared(train=_samples([], []), held_out=None)
+    made_by = hash_of(data, packing, encoder, seed, task, head)
+    prepared = Prepared(train=_samples([], []), held_out=None, made_by=made_by)
     with LengthCache(encoder.fingerprint) as cache, _no_cycle_collection():
         reader = _Reader(data, packing, encoder, cache, prepared, task, head, every_fault, workers)
         prepared.train = reader.read(data.sources)
@@ -111,6 +115,14 @@ def prepare(
         with reader.whole():
             prepared.notices.update(label_notices(prepared.labels, prepared.train.targets))
     return prepared
+
+
+def hash_of(
+    data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: int, task: Task, head: HeadRecipe | None
+) -> str:
+    """What `prepare` is asked, as a hash; not what is in the files."""
+    settings = [part and part.model_dump(mode="json") for part in (data, packing, head)]
+    return sha256(json.dumps([*settings, encoder.fingerprint, seed, task]).encode()).hexdigest()
 
 
 def read_rows(
