@@ -21,7 +21,7 @@ from mantis_lite.data.prepared_files import Mapped, open_prepared, save_prepared
 from mantis_lite.errors import DataError, SampleError
 from mantis_lite.recipe import HeadRecipe
 
-ROWS = 60
+ROWS = 150
 KINDS = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet", "saved"]
 
 
@@ -87,12 +87,12 @@ def test_what_is_opened_is_what_was_prepared(tmp_path, unread, kind):
     held_out.mkdir()
     sources = [
         {"path": write(tmp_path, kind), "weight": 2.5, "shuffle": True, "max_size": 40},
-        {"path": write_rows(tmp_path / "more.jsonl", [chat("", "Ho"), chat("Hi", "x" * 30_000), chat("Hi", "Ho")])},
+        {"path": write_rows(tmp_path / "more.jsonl", [chat(), chat("Hi", "x" * 30_000), chat("Hi", "Ho")])},
     ]
     settings = {"sources": sources, "on_bad_row": "skip", "oversize": "drop", "eval": write(held_out, "rows.jsonl")}
     arguments = asked(settings)
     prepared = prepare(*arguments)
-    assert (len(prepared.rejects), prepared.oversize, prepared.notices["max_size"]) == (1, 1, 20)
+    assert (len(prepared.rejects), prepared.oversize, prepared.notices["max_size"]) == (1, 1, ROWS - 40)
     save_prepared(prepared, tmp_path / "run/prepared")
     assert_same(prepared, unread(tmp_path / "run/prepared", *arguments))
 
@@ -133,13 +133,14 @@ for samples in (opened, copied):
 """
 
 
+@pytest.mark.slow  # torch is loaded
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet"])
 def test_another_process_opens_it_or_is_sent_a_short_pickle(tmp_path, kind):
     arguments = asked(write(tmp_path, kind))
     prepared = prepare(*arguments).train
     save_prepared(prepare(*arguments), tmp_path / "prepared")
     content = pickle.dumps(open_prepared(tmp_path / "prepared", *arguments).train)
-    assert len(content) < 10_000 and len(content) - len(str(tmp_path)) * 20 < len(pickle.dumps(prepared)) + 5000
+    assert len(content) < 10_000
     (tmp_path / "pickle").write_bytes(content)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     command = [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "prepared", tmp_path / kind, tmp_path / "pickle"]
