@@ -6,20 +6,20 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(file: Path, content: bytes, synced: bool = True) -> None:
-    """Write a file beside its place and rename it, so that no reader sees half of it. Raises OSError.
+def write_whole(file: Path, content: bytes | Iterable[bytes], synced: bool = True) -> None:
+    """Write a file, or its pieces, beside its place and rename it, so that no reader sees half of it. Raises OSError.
 
     What is not `synced` may be lost with the machine's power, as what is made anew then may.
     """
     beside = file.with_name(f"{file.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
         with beside.open("wb") as opened:
-            opened.write(content)
+            opened.writelines([content] if isinstance(content, bytes) else content)
             opened.flush()
             if synced:
                 os.fsync(opened.fileno())
@@ -37,7 +37,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_suffix(".lock")):
+    with alone(folder.with_suffix(".lock")):
         if not folder.is_dir():
             part = folder.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)  # of one that was killed
@@ -49,14 +49,6 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; a second waits, and finds it done."""
-    with lock.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -64,3 +56,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time; a second waits. Raises OSError."""
+    with lock.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

@@ -12,10 +12,10 @@ import torch
 from helpers import SHARED, golden_pictures, keeps_its_layout, recipe
 from transformers import AutoConfig
 
+from mantis_lite.data.chunks import too_large
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.paths import MediaFolder
-from mantis_lite.data.prepare import too_large
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import FitError, SampleError

@@ -251,10 +251,10 @@ def test_a_text_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
 def test_a_cache_cut_short_is_made_anew(tmp_path, monkeypatch, share):
     path = write_rows(tmp_path / "rows.jsonl", rows_of(30))
     first = ready(path)
-    (file,) = cache_dir().glob("lengths-*.npy")
+    (file,) = cache_dir().glob("lengths-*/index")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
     assert ready(path).train.lengths.tolist() == first.train.lengths.tolist()
     assert file.read_bytes() == whole
     assert remembered(path, monkeypatch).train.lengths.tolist() == first.train.lengths.tolist()
-    assert list(cache_dir().iterdir()) == [file]  # nothing half-written is left beside it
+    assert {part.name for part in file.parent.iterdir()} == {"index", "lock"}  # nothing half-written is left beside it

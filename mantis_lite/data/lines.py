@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
 
@@ -50,6 +50,13 @@ class Lines(Sequence[Any]):
             places = array("q", chain.from_iterable(found))
             self._hold(path, file)
         self._places = np.array(places, np.int64).reshape(-1, 3)
+
+    @classmethod
+    def again(cls, path: Path, written: tuple[int, int], places: np.ndarray) -> Self:
+        """The rows of a file that were found before: by where they are (N, 3), and its size and time then."""
+        lines = cls.__new__(cls)
+        lines.__setstate__({"path": path, "written": written, "places": places})
+        return lines
 
     @property
     def numbers(self) -> np.ndarray:

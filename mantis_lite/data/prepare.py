@@ -5,38 +5,35 @@ from __future__ import annotations
 import gc
 import json
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
-from .content import Content, content_of
+from .chunks import KEPT, Chunks, read_all, workers_for
 from .encode import Encoder
-from .labels import Labels, RowLabels, first_named, label_notices, name_labels, read_labels
-from .lengths import LengthCache, Measured
+from .labels import Labels, RowLabels, first_named, label_notices, name_labels
+from .lengths import LengthCache
 from .mixing import by_square_root
 from .mixture import sources_of
 from .sample import Sample
 from .source import Rows, open_source
 from .subsets import refuse_absent
 
-CHUNK = 256  # rows measured together, so that the tokenizer works on many texts at once
-
 
 @dataclass
 class Samples(Sequence[Sample]):
     """The accepted samples of all sources, parsed when they are asked for.
 
-    lengths (S, 2), tokens and patches; images (S,), pictures; source (S,) and row (S,) say where each stands, digest
-    (S,) int64 what is in it; weights (sources,). targets (S, L) float32, or (S,) int64 classes, where samples have
-    labels to be told.
+    lengths (S, 2), tokens and patches; images (S,), pictures; source (S,) and row (S,) say where each stands: int32,
+    in which a length's square has no room. digest (S,) int64, what is in it; weights (sources,). targets (S, L)
+    float32, or (S,) int64 classes, where samples have labels to be told.
     """
 
     rows: list[Rows]
@@ -82,6 +79,8 @@ class Prepared:
     rows_read: int = 0
     oversize: int = 0
     labels: Labels | None = None
+    made_by: str = ""
+    """A hash of what `prepare` was asked."""
 
 
 def prepare(
@@ -92,17 +91,19 @@ def prepare(
     task: Task = "chat",
     head: HeadRecipe | None = None,
     every_fault: bool = False,
+    workers: int | None = None,
 ) -> Prepared:
     """Read, check and measure every row; opens no picture or clip beyond its header.
 
     A row that cannot be trained on is an error, or with `on_bad_row=skip` is counted, and more than 1% of them is an
     error all the same. With a `head`, rows have labels: those it states, or all that the rows name. Raises SampleError,
     FitError, DataError; with `every_fault` none of them: `rejects` then has all that is wrong, of rows and of sources.
+    `workers` processes read beside this one, by default as many as there are cores where that is sooner.
     """
-    cache = LengthCache(encoder.fingerprint)
-    prepared = Prepared(train=_samples([], array("q")), held_out=None)
-    reader = _Reader(data, packing, encoder, cache, prepared, task, head, every_fault)
-    with _no_cycle_collection():
+    made_by = hash_of(data, packing, encoder, seed, task, head)
+    prepared = Prepared(train=_samples([], []), held_out=None, made_by=made_by)
+    with LengthCache(encoder.fingerprint) as cache, _no_cycle_collection():
+        reader = _Reader(data, packing, encoder, cache, prepared, task, head, every_fault, workers)
         prepared.train = reader.read(data.sources)
         if isinstance(data.eval, str):
             prepared.held_out = reader.read([SourceRecipe(path=data.eval)])
@@ -115,7 +116,6 @@ def prepare(
     if data.balance == "sqrt":
         counts = np.bincount(prepared.train.source, minlength=len(prepared.train.rows))
         prepared.train.weights = by_square_root(counts.tolist(), prepared.train.weights)
-    cache.save()
     if not len(prepared.train) and not every_fault:
         raise DataError(
             f"{data.sources[0].path}: no row is left to train on, of {prepared.rows_read} read\n"
@@ -127,6 +127,14 @@ def prepare(
     return prepared
 
 
+def hash_of(
+    data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: int, task: Task, head: HeadRecipe | None
+) -> str:
+    """What `prepare` is asked, as a hash; not what is in the files."""
+    settings = [part and part.model_dump(mode="json") for part in (data, packing, head)]
+    return sha256(json.dumps([*settings, encoder.fingerprint, seed, task]).encode()).hexdigest()
+
+
 def read_rows(
     data: DataRecipe, packing: PackingRecipe, encoder: Encoder, task: Task, labels: Labels | None = None
 ) -> Prepared:
@@ -134,11 +142,9 @@ def read_rows(
 
     Raises SampleError, FitError, DataError.
     """
-    cache = LengthCache(encoder.fingerprint)
-    prepared = Prepared(train=_samples([], array("q")), held_out=None, labels=labels)
-    with _no_cycle_collection():
+    prepared = Prepared(train=_samples([], []), held_out=None, labels=labels)
+    with LengthCache(encoder.fingerprint) as cache, _no_cycle_collection():
         prepared.train = _Reader(data, packing, encoder, cache, prepared, task).read(data.sources)
-    cache.save()
     if not len(prepared.train):
         raise DataError(
             f"{data.sources[0].path}: no row is left, of {prepared.rows_read} read\n  See the rejected rows."
@@ -174,25 +180,10 @@ def write_rejects(rejects: Sequence[SampleError], path: Path) -> None:
             file.write(json.dumps(fields) + "\n")
 
 
-def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitError | None:
-    """What to say of a sample that no pack can hold, or None."""
-    images = f"({length.images} images)"
-    if length.tokens > packing.max_length:
-        found = f"needs {length.tokens:,} tokens {images}; packing.max_length is {packing.max_length:,}"
-        fewer = ", take fewer frames of a clip" if sample.videos else ""
-        remedy = f"Raise packing.max_length{fewer}, or set data.oversize=drop."
-    elif packing.max_patches and length.patches > packing.max_patches:
-        found = f"needs {length.patches:,} patches {images}; packing.max_patches is {packing.max_patches:,}"
-        remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
-    else:
-        return None
-    return FitError(sample.where, found, remedy, sample.id)
-
-
-def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: array[int]) -> Samples:
-    table = np.array(kept, dtype=np.int64).reshape(-1, 6)
+def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: Sequence[np.ndarray]) -> Samples:
+    table = np.concatenate([np.empty(0, KEPT), *kept])
     rows, weights = [rows for _, rows in opened], [spec.weight for spec, _ in opened]
-    return Samples(rows, weights, table[:, 0], table[:, 1], table[:, 2:4], table[:, 4], table[:, 5])
+    return Samples(rows, weights, **{name: np.ascontiguousarray(table[name]) for name in KEPT.fields or ()})
 
 
 @contextmanager
@@ -207,16 +198,6 @@ def _no_cycle_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Chunk(NamedTuple):
-    """Rows on their way: parsed, looked up, and those that are not remembered given to the tokenizer."""
-
-    samples: list[tuple[int, Sample, RowLabels | None]]
-    contents: list[Content | None]
-    lengths: list[Measured | None]
-    unknown: list[int]
-    measured: Callable[[], list[Measured | SampleError]]
-
-
 @dataclass
 class _Reader:
     data: DataRecipe
@@ -227,24 +208,29 @@ class _Reader:
     task: Task = "chat"
     head: HeadRecipe | None = None
     every_fault: bool = False
+    workers: int | None = None
     named: set[str] = field(default_factory=set)
 
     def read(self, sources: list[SourceRecipe]) -> Samples:
         opened = self._open(sources)
-        kept = array("q")
+        all_rows = [rows for _, rows in opened]
+        for rows in all_rows:
+            self.prepared.rows_read += len(rows)
+            self.prepared.notices.update(rows.dropped)
+        drops = self.data.oversize == "drop"
+        chunks = Chunks(all_rows, self.encoder, self.cache, self.packing, drops, self.problem)
+        workers = workers_for(sum(map(len, all_rows))) if self.workers is None else self.workers
+        kept: list[np.ndarray] = []
         labels: list[RowLabels] = []
-        with ThreadPoolExecutor(1) as pool:
-            pending = deque[tuple[int, _Chunk]]()
-            for number, (_, rows) in enumerate(opened):
-                self.prepared.rows_read += len(rows)
-                self.prepared.notices.update(rows.dropped)
-                for start in range(0, len(rows), CHUNK):
-                    chunk = range(start, min(start + CHUNK, len(rows)))
-                    pending.append((number, self._begin(rows, chunk, pool)))
-                    if len(pending) > 1:  # one chunk is being tokenised while the next is read
-                        self._finish(*pending.popleft(), kept, labels)
-            for number, begun in pending:
-                self._finish(number, begun, kept, labels)
+        with closing(read_all(chunks, workers)) as found:
+            for read in found:
+                self.cache.add(read.measured)  # first, so that what a fault ends has been remembered
+                for fault in read.faults:
+                    self._reject(fault)
+                self.prepared.notices.update(read.notices)
+                self.prepared.oversize += read.oversize
+                kept.append(read.kept)
+                labels += read.labels
         samples = _samples(opened, kept)
         if self.problem:
             with self.whole():
@@ -297,62 +283,21 @@ class _Reader:
         first = first_named(labels)
         if self.prepared.labels is None:
             self.prepared.labels = name_labels(self.problem, self.head.labels if self.head else None, labels)
-        kept, targets = [], []
+        told = array("d")
+        kept = np.zeros(len(labels), dtype=bool)
         for at, row in enumerate(labels):
             try:
-                targets.append(self.prepared.labels.target(row, first))
-                kept.append(at)
+                told.extend(self.prepared.labels.target(row, first).flat)
+                kept[at] = True
             except SampleError as error:
                 self._reject(error)
-        return replace(samples.take(np.array(kept, dtype=np.int64)), targets=np.array(targets))
-
-    def _begin(self, rows: Rows, chunk: range, pool: Executor) -> _Chunk:
-        samples = [(i, *found) for i in chunk if (found := self._parse(rows, i)) is not None]
-        contents = [content_of(sample) for _, sample, _ in samples]
-        lengths = [self.cache.get(content.key) if content else None for content in contents]
-        unknown = [at for at, length in enumerate(lengths) if length is None]
-        measured = self.encoder.begin_measure([samples[at][1] for at in unknown], pool)
-        return _Chunk(samples, contents, lengths, unknown, measured)
-
-    def _finish(self, source: int, chunk: _Chunk, kept: array[int], labels: list[RowLabels]) -> None:
-        """Add a chunk's rows that can be trained on: source, row, tokens, patches, images, digest; and their labels."""
-        for at, measured in zip(chunk.unknown, chunk.measured(), strict=True):
-            if isinstance(measured, SampleError):
-                self._reject(measured)
-            else:
-                chunk.lengths[at] = measured
-                if content := chunk.contents[at]:
-                    self.cache.put(content.key, measured)
-        for (i, sample, of_row), content, length in zip(chunk.samples, chunk.contents, chunk.lengths, strict=True):
-            if length is not None and self._fits(sample, length):
-                self.prepared.notices.update(sample.notices)
-                self.prepared.notices.update(self.encoder.frames.notices(sample, length))
-                digest = content.digest if content else 0  # a file that came while it was looked for
-                kept.extend((source, i, length.tokens, length.patches, length.images, digest))
-                if of_row is not None:
-                    labels.append(of_row)
-
-    def _parse(self, rows: Rows, i: int) -> tuple[Sample, RowLabels | None] | None:
-        try:
-            sample = rows.sample(i)
-            return sample, read_labels(sample, self.problem) if self.problem else None
-        except SampleError as error:
-            self._reject(error)
-            return None
+        targets = np.array(told, np.int64 if self.problem == "single_label" else np.float32)
+        if self.problem != "single_label":
+            targets = targets.reshape(-1, len(self.prepared.labels.names))
+        return replace(samples.take(kept), targets=targets)
 
     def _reject(self, error: SampleError) -> None:
-        if self.data.on_bad_row == "error" and not self.every_fault:
+        skipped = self.data.on_bad_row == "skip" and not isinstance(error, FitError)
+        if not (skipped or self.every_fault):
             raise error
         self.prepared.rejects.append(error)
-
-    def _fits(self, sample: Sample, length: Measured) -> bool:
-        error = too_large(sample, length, self.packing)
-        if error is None:
-            return True
-        if self.data.oversize == "drop":
-            self.prepared.oversize += 1
-        elif self.every_fault:
-            self.prepared.rejects.append(error)
-        else:
-            raise error
-        return False

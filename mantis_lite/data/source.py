@@ -34,11 +34,12 @@ SHUFFLE_SEED = 42  # upstream's
 class Rows:
     """The kept rows of one source, read one at a time.
 
-    `selected` (N,) holds their positions in the source; `dropped` counts the rows each setting left out; `task` is how
-    they are read.
+    `selected` (N,) holds their positions in the source, whose rows' `numbers` are told to users; `dropped` counts the
+    rows each setting left out; `task` is how they are read, and `spec` what they were opened by.
     """
 
     task: Task = "chat"
+    spec: SourceRecipe
 
     def __init__(
         self,
@@ -55,14 +56,19 @@ class Rows:
         self.selected = np.arange(len(records))
         self.dropped: dict[str, int] = {}
         self._records, self._decode, self._counts = records, decode, counts
-        self._numbers = self.selected + 1 if numbers is None else np.array(numbers)
+        self.numbers = self.selected + 1 if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.selected)
 
+    @property
+    def lines(self) -> Lines | None:
+        """The file's lines, where it has any."""
+        return self._records if isinstance(self._records, Lines) else None
+
     def where(self, i: int) -> str:
         """The row's place in the source, as "train.jsonl:12": a line of JSON Lines, else a row, from 1."""
-        return f"{self.name}:{self._numbers[self.selected[i]]}"
+        return f"{self.name}:{self.numbers[self.selected[i]]}"
 
     def row(self, i: int) -> dict[str, Any]:
         """The row as it was written; raises SampleError for one that is not a JSON object."""
@@ -122,18 +128,25 @@ def open_source(spec: SourceRecipe, task: Task = "chat", outside: bool = False, 
     `Dataset.save_to_disk`, a subset of a dataset that was downloaded, or user/name[:config][:split] on the Hub. What
     rows name lies in its folder, its .zip files or `media_dir`, but for `outside` and `urls` of the recipe's data.
     """
+    return open_whole(spec, task, outside, urls).select(spec)
+
+
+def open_whole(spec: SourceRecipe, task: Task, outside: bool, urls: bool, lines: Lines | None = None) -> Rows:
+    """As `open_source`, with all rows; `lines` are a file's that were found before."""
     path = Path(spec.path)
-    if (subset := subset_of(spec)) is not None:
+    if lines is not None:
+        rows = Rows(path.name, path.parent, lines, numbers=lines.numbers)
+    elif (subset := subset_of(spec)) is not None:
         rows = _open_subset(subset, spec)
     elif path.is_dir():
         rows = _open_folder(path, spec)
     else:
         rows = _open_file(path, spec) if path.is_file() else _open_hub(spec)
-    rows.task = task
+    rows.task, rows.spec = task, spec
     if spec.media_dir is not None:
         rows.media = MediaFolder(_media_dir(Path(spec.media_dir)))
     rows.media = replace(rows.media, outside=outside, urls=urls)
-    return rows.select(spec)
+    return rows
 
 
 def _media_dir(path: Path) -> Path:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data import media
+from ..data.chunks import too_large
 from ..data.encode import Encoder
 from ..data.lengths import Measured
 from ..data.packing import needed
 from ..data.packs import BLANK
-from ..data.prepare import Samples, too_large
+from ..data.prepare import Samples
 from ..data.schedule import Schedule, pack_epoch, schedule
 from ..data.vision import Size, Vision, bounded
 from ..errors import SampleError

@@ -1,0 +1,250 @@
+"""Rows -> what becomes of each, a chunk at a time and in order: read here, or in processes beside this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ..errors import DataError, FitError, SampleError
+from ..recipe import PackingRecipe, Problem
+from .content import Content, content_of
+from .encode import Encoder
+from .labels import RowLabels, read_labels
+from .lengths import LengthCache, Measured, records_of
+from .sample import Sample
+from .source import Rows
+
+CHUNK = 256
+"""Rows measured together, so that the tokenizer works on many texts at once."""
+FEW = 20_000
+"""Rows that are read sooner than processes are started for them."""
+MOST_WORKERS = 32
+"""Processes that read: the disk is the slowest then."""
+MOST_DEATHS = 3
+
+KEPT = np.dtype([("source", "i4"), ("row", "i4"), ("lengths", "i4", 2), ("images", "i4"), ("digest", "i8")])
+"""Where a row that can be trained on stands, its tokens and patches, its pictures, and what is in it."""
+
+log = logging.getLogger("mantis_lite")
+
+
+class Read(NamedTuple):
+    """What became of a chunk's rows: those `kept`, with their labels, and the faults of others, both in order.
+
+    `measured` are the records to be remembered; `oversize` counts the rows that were dropped for their size.
+    """
+
+    kept: np.ndarray
+    labels: list[RowLabels]
+    faults: list[SampleError]
+    measured: np.ndarray
+    notices: Counter[str]
+    oversize: int
+
+
+@dataclass(frozen=True)
+class Chunks(Sequence[Read]):
+    """The rows of all sources in chunks, each read when it is asked for.
+
+    With a `problem` rows have labels; `drops` leaves out those that no pack can hold, which are faults else.
+    """
+
+    rows: Sequence[Rows]
+    encoder: Encoder
+    cache: LengthCache
+    packing: PackingRecipe
+    drops: bool
+    problem: Problem | None
+
+    @cached_property
+    def stretches(self) -> list[tuple[int, range]]:
+        """The source of each chunk, and its rows there."""
+        return [
+            (source, range(start, min(start + CHUNK, len(rows))))
+            for source, rows in enumerate(self.rows)
+            for start in range(0, len(rows), CHUNK)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.stretches)
+
+    def __getitem__(self, at):
+        with ThreadPoolExecutor(1) as pool:
+            return self.begin(at, pool)()
+
+    def begin(self, at: int, pool: Executor) -> Callable[[], Read]:
+        """Parse a chunk's rows and let `pool` tokenise those not remembered; what is returned waits and answers."""
+        source, stretch = self.stretches[at]
+        faults: dict[int, SampleError] = {}
+        found: dict[int, tuple[Sample, RowLabels | None]] = {}
+        for row in stretch:
+            try:
+                sample = self.rows[source].sample(row)
+                found[row] = sample, read_labels(sample, self.problem) if self.problem else None
+            except SampleError as error:
+                faults[row] = error
+        contents = {row: content_of(sample) for row, (sample, _) in found.items()}
+        keys = {row: content.key for row, content in contents.items() if content}
+        remembered = zip(keys, self.cache.find(list(keys.values())), strict=True)
+        lengths = {row: length for row, length in remembered if length}
+        unknown = [row for row in found if row not in lengths]
+        measured = self.encoder.begin_measure([found[row][0] for row in unknown], pool)
+
+        def finish() -> Read:
+            fresh: dict[bytes, Measured] = {}
+            for row, length in zip(unknown, measured(), strict=True):
+                if isinstance(length, SampleError):
+                    faults[row] = length
+                    continue
+                lengths[row] = length
+                if row in keys:
+                    fresh[keys[row]] = length
+            return self._sorted_out(source, found, contents, lengths, faults, records_of(fresh))
+
+        return finish
+
+    def _sorted_out(
+        self,
+        source: int,
+        found: dict[int, tuple[Sample, RowLabels | None]],
+        contents: dict[int, Content | None],
+        lengths: dict[int, Measured],
+        faults: dict[int, SampleError],
+        measured: np.ndarray,
+    ) -> Read:
+        kept, labels, notices, oversize = [], [], Counter[str](), 0
+        for row, (sample, of_row) in found.items():
+            if row in faults:
+                continue
+            length, content = lengths[row], contents[row]
+            if error := too_large(sample, length, self.packing):
+                oversize += self.drops
+                if not self.drops:
+                    faults[row] = error
+                continue
+            notices.update(sample.notices)
+            notices.update(self.encoder.frames.notices(sample, length))
+            digest = content.digest if content else 0  # a file that came while it was looked for
+            kept.append((source, row, (length.tokens, length.patches), length.images, digest))
+            if of_row is not None:
+                labels.append(of_row)
+        in_order = [faults[row] for row in sorted(faults)]
+        return Read(np.array(kept, KEPT), labels, in_order, measured, notices, oversize)
+
+
+def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitError | None:
+    """What to say of a sample that no pack can hold, or None."""
+    images = f"({length.images} images)"
+    if length.tokens > packing.max_length:
+        found = f"needs {length.tokens:,} tokens {images}; packing.max_length is {packing.max_length:,}"
+        fewer = ", take fewer frames of a clip" if sample.videos else ""
+        remedy = f"Raise packing.max_length{fewer}, or set data.oversize=drop."
+    elif packing.max_patches and length.patches > packing.max_patches:
+        found = f"needs {length.patches:,} patches {images}; packing.max_patches is {packing.max_patches:,}"
+        remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
+    else:
+        return None
+    return FitError(sample.where, found, remedy, sample.id)
+
+
+def workers_for(rows: int) -> int:
+    """Processes that read so many rows soonest: as many as this one may use cores, or none for a few."""
+    if rows < FEW or sys.platform != "linux":
+        return 0
+    cores = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    return cores if cores > 1 else 0
+
+
+def read_all(chunks: Chunks, workers: int) -> Generator[Read]:
+    """All chunks in order; with no workers, while one is tokenised the next is parsed. Raises DataError."""
+    return _beside(chunks, workers) if workers else _here(chunks)
+
+
+def _here(chunks: Chunks) -> Generator[Read]:
+    with ThreadPoolExecutor(1) as pool:
+        begun = deque[Callable[[], Read]]()
+        for at in range(len(chunks)):
+            begun.append(chunks.begin(at, pool))
+            if len(begun) > 1:
+                yield begun.popleft()()
+        for finish in begun:
+            yield finish()
+
+
+def _beside(chunks: Chunks, workers: int) -> Generator[Read]:
+    """As read by processes forked from this one, begun anew where one of them dies."""
+    done = deaths = 0
+    while done < len(chunks):
+        try:
+            for read in _loaded(chunks, range(done, len(chunks)), workers):
+                yield read
+                done += 1
+        except RuntimeError as error:
+            if not re.match(r"DataLoader worker \(pid", str(error)):  # torch has no type of its own for it
+                raise
+            deaths += 1
+            source, stretch = chunks.stretches[done]
+            where = chunks.rows[source].where(stretch[0])
+            if deaths > MOST_DEATHS:
+                raise DataError(
+                    f"data: {deaths} processes that read rows died, the last at {where} or behind it\n"
+                    "  Look at these rows, and at how much memory is free."
+                ) from error
+            log.warning("a process that reads rows died at %s or behind it; it is begun anew", where)
+
+
+def _loaded(chunks: Chunks, wanted: Iterable[int], workers: int) -> Iterator[Read]:
+    """Chunks by torch's processes. They are forked: an encoder is functions, which cannot be sent to others."""
+    loader: DataLoader = DataLoader(
+        chunks,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # or the numbers that are drawn later would depend on who reads
+    )
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        with _one_thread_each():
+            found = iter(loader)
+        _hear_children(signal.SIG_DFL)  # or torch tells of a death wherever this process is, half a chunk counted
+        yield from found
+    finally:
+        _hear_children(before)
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
+
+
+def _hear_children(how: Any) -> None:
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
+        signal.signal(signal.SIGCHLD, how)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that are forked meanwhile tokenise in one thread: they are as many as the cores already."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
