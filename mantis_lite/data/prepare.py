@@ -128,7 +128,12 @@ def prepare(
 
 
 def hash_of(
-    data: DataRecipe, packing: PackingRecipe, encoder: Encoder, seed: int, task: Task, head: HeadRecipe | None
+    data: DataRecipe,
+    packing: PackingRecipe,
+    encoder: Encoder,
+    seed: int = 42,
+    task: Task = "chat",
+    head: HeadRecipe | None = None,
 ) -> str:
     """What `prepare` is asked, as a hash; not what is in the files."""
     settings = [part and part.model_dump(mode="json") for part in (data, packing, head)]

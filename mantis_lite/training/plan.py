@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from ..data.encode import Encoder
 from ..data.packing import needed
-from ..data.prepare import Prepared, prepare, write_rejects
+from ..data.prepare import Prepared, hash_of, prepare, write_rejects
+from ..data.prepared_files import open_prepared, save_prepared
 from ..data.schedule import Schedule, schedule
 from ..errors import FitError
 from ..files import write_whole
@@ -21,6 +22,7 @@ from ..models.adapters import find_adapter
 from ..models.assemble import open_model
 from ..models.attention import require_attention
 from ..models.checkpoint import Checkpoint
+from ..models.cost import cost_of
 from ..models.kernels import chosen_kernels
 from ..models.load import stated_head
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
@@ -32,6 +34,9 @@ from .lock import Lock
 from .picked import Settled, as_started, notices_of, settle
 from .ranks import ALONE, Ranks
 from .resume import LABELS, Resumed, balanced_as_begun, compare_data, find_resumed, write_rows
+
+PREPARED = "prepared"
+"""The samples of a run of several processes, in its folder; the first writes them and all map them."""
 
 
 @dataclass
@@ -54,8 +59,13 @@ class Plan:
         """What memory goes by."""
         return _work(self.recipe, self.checkpoint, self.encoder, self.prepared, self.schedule)
 
-    @property
-    def told(self) -> Told:
+    def tell(self) -> Told:
+        """Leave in the run's folder what other processes need of the plan; returns the rest of it. Raises OSError."""
+        if self.ranks.size > 1:
+            recipe = self.recipe  # whose packing memory.fit may have picked since
+            head = stated_head(self.checkpoint, recipe)
+            made_by = hash_of(recipe.data, recipe.packing, self.encoder, task=recipe.task, head=head)
+            save_prepared(replace(self.prepared, made_by=made_by), recipe.run_dir / PREPARED)
         return Told(self.recipe, self.resumed)
 
     @property
@@ -135,11 +145,11 @@ def make_plan(
         projects(checkpoint.family, checkpoint.config.model_type, trained_parts(recipe))
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or _schedule(recipe, encoder, prepared)
+    packs = only or _schedule(recipe, checkpoint, encoder, prepared)
     settled = settle(_work(recipe, checkpoint, encoder, prepared, packs), recipe, gpu)
     if settled is not None:
         recipe = settled.recipe
-        packs = only or _schedule(recipe, encoder, prepared)
+        packs = only or _schedule(recipe, checkpoint, encoder, prepared)
     resumed = compare_data(resumed, recipe, prepared, packs, accept_changes)
     return Plan(asked, recipe, checkpoint, encoder, prepared, packs, resumed, settled, lock, ranks)
 
@@ -150,8 +160,9 @@ def follow_plan(told: Told, lock: Lock, ranks: Ranks, import_upstream: bool, onl
     checkpoint = _open_model(recipe, import_upstream)
     encoder = checkpoint.encoder(recipe)
     head = stated_head(checkpoint, recipe)
-    prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or _schedule(recipe, encoder, prepared)
+    folder = recipe.run_dir / PREPARED
+    prepared = open_prepared(folder, recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
+    packs = only or _schedule(recipe, checkpoint, encoder, prepared)
     return Plan(recipe, recipe, checkpoint, encoder, prepared, packs, resumed, None, lock, ranks)
 
 
@@ -166,14 +177,16 @@ def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
     return open_model(recipe.model)
 
 
-def _schedule(recipe: Recipe, encoder: Encoder, prepared: Prepared) -> Schedule:
+def _schedule(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> Schedule:
     """The packs of a run; where several GPUs train what sees, each pack has a picture. Raises FitError."""
     parts = {recipe.part("projector"), recipe.part("vision_tower")}
-    touch = None
+    touch = cost = None
+    if recipe.packing.balance != 1:
+        cost = cost_of(checkpoint.config, checkpoint.family, recipe)
     if recipe.packing.balance != 1 and (parts != {"frozen"} or recipe.model.adapter):
         touch = encoder.blank_length().tokens
         _make_room(prepared, recipe, touch)
-    return schedule(prepared.train, recipe.packing, recipe.train, touch=touch)
+    return schedule(prepared.train, recipe.packing, recipe.train, touch=touch, cost=cost)
 
 
 def _make_room(prepared: Prepared, recipe: Recipe, touch: int) -> None:

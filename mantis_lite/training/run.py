@@ -85,7 +85,13 @@ class Run(Plan):
             notices.append(f"going on with {adapter} by its own settings: the recipe's lora and trainable are not used")
         unused = self.trainer.numbers.parts.keys() - self._used(self.schedule.steps)
         notices.extend(f"{part}: no row has a picture, so it stays as it is" for part in sorted(unused))
-        return [*self.resumed.notices(), *self.picked, *notices, *([self.kept] if self.kept else [])]
+        return [
+            *self.resumed.notices(),
+            *self.picked,
+            *self.schedule.notices,
+            *notices,
+            *([self.kept] if self.kept else []),
+        ]
 
     @property
     def sizes(self) -> list[PartSize]:
@@ -235,15 +241,16 @@ def start(
     with ExitStack() as held:
         lock = Lock(recipe.run_dir)
         held.callback(lock.release)
-        plan = None
+        plan, told = None, None
         if ranks.is_first:
             plan = make_plan(recipe, lock, ranks, from_scratch, import_upstream, gpu, only, accept_changes)
             try:
                 plan.open_run_dir(from_scratch)
+                told = plan.tell()
             except OSError as error:
                 found = f"run_dir: {recipe.run_dir} cannot be written: {error.strerror}"
                 raise DiskError(f"{found}\n  Make room there, or set run_dir to another disk.") from error
-        told = ranks.told(plan and plan.told)
+        told = ranks.told(told)
         run = _load(plan or follow_plan(told, lock, ranks, import_upstream, only), import_upstream)
         for callback in (*reports, *callbacks):
             run.trainer.add_callback(callback)
