@@ -17,6 +17,7 @@ from .encode import IGNORE, Encoded, Encoder
 from .packing import Length, plan
 from .prepare import Samples
 from .vision import Vision
+from .windows import windows
 
 MOST_IN_A_ROW = 100
 """Samples that cannot be encoded, one after the other: a disk is gone then, rather than pictures broken."""
@@ -46,7 +47,13 @@ class Schedule:
 
 def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0) -> list[list[int]]:
     """The packs of one epoch, by seed and epoch; one sample a pack where packing is off."""
-    indices = _draw(samples, packing.seed, epoch)
+    packs: list[list[int]] = []
+    for indices in windows(samples, _draw(samples, packing.seed, epoch), packing.seed, epoch):
+        packs += _packs(samples, indices, packing, epoch)
+    return packs
+
+
+def _packs(samples: Samples, indices: np.ndarray, packing: PackingRecipe, epoch: int) -> list[list[int]]:
     if packing.enabled:
         budget = Length(packing.max_length, packing.max_patches or 0)
         return [indices[pack].tolist() for pack in plan(samples.lengths[indices], budget, packing.seed, epoch)]

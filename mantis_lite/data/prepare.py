@@ -23,6 +23,7 @@ from .encode import Encoder
 from .labels import Labels, RowLabels, first_named, label_notices, name_labels, read_labels
 from .lengths import LengthCache, Measured
 from .sample import Sample
+from .shards import ShardRows, are_shards, open_shards
 from .source import Rows, expand, open_source
 
 CHUNK = 256  # rows measured together, so that the tokenizer works on many texts at once
@@ -228,6 +229,11 @@ class _Reader:
             for number, (_, rows) in enumerate(opened):
                 self.prepared.rows_read += len(rows)
                 self.prepared.notices.update(rows.dropped)
+                if isinstance(rows, ShardRows):
+                    while pending:
+                        self._finish(*pending.popleft(), kept, labels)
+                    self._take(number, rows, kept, labels)
+                    continue
                 for start in range(0, len(rows), CHUNK):
                     chunk = range(start, min(start + CHUNK, len(rows)))
                     pending.append((number, self._begin(rows, chunk, pool)))
@@ -264,12 +270,20 @@ class _Reader:
                 specs += _specs(source, self.task)
         for spec in specs:
             with self.whole():
-                opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
+                if are_shards(spec.path):
+                    opened += self._open_shards(spec)
+                else:
+                    opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
         names = Counter(rows.name for _, rows in opened)
         for spec, rows in opened:
             if names[rows.name] > 1 or rows.name in self.named:
                 rows.name = spec.path
         self.named |= names.keys()
+        return opened
+
+    def _open_shards(self, spec: SourceRecipe) -> list[tuple[SourceRecipe, Rows]]:
+        opened, notices = open_shards(spec, self.task, self.encoder, self.data.cache_size)
+        self.prepared.notices.update(notices)
         return opened
 
     @property
@@ -318,6 +332,22 @@ class _Reader:
                 kept.extend((source, i, length.tokens, length.patches, length.images, digest))
                 if of_row is not None:
                     labels.append(of_row)
+
+    def _take(self, source: int, rows: ShardRows, kept: array[int], labels: list[RowLabels]) -> None:
+        """Add the rows of shards, as `_finish`; none of them is read."""
+        names = ("tokens", "patches", "images", "digest")
+        table = np.column_stack([np.full(len(rows), source), np.arange(len(rows)), *map(rows.of, names)])
+        fits = (table[:, 2] <= self.packing.max_length) & (table[:, 3] <= (self.packing.max_patches or np.inf))
+        for i in np.flatnonzero(~fits).tolist():
+            self._fits(rows.stub(i), Measured(*table[i, 2:5].tolist()))
+        if problem := self.problem:
+            for i in np.flatnonzero(fits).tolist():
+                try:
+                    labels.append(read_labels(rows.stub(i), problem))
+                except SampleError as error:
+                    self._reject(error)
+                    fits[i] = False
+        kept.frombytes(table[fits].astype(np.int64).tobytes())
 
     def _parse(self, rows: Rows, i: int) -> tuple[Sample, RowLabels | None] | None:
         try:

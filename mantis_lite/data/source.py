@@ -53,6 +53,7 @@ class Rows:
     """
 
     task: Task = "chat"
+    spec: SourceRecipe
 
     def __init__(self, name: str, root: Path | None, records: Any, decode: Any = None, numbers: Any = None) -> None:
         if not len(records):
@@ -125,7 +126,7 @@ def open_source(spec: SourceRecipe, task: Task = "chat", outside: bool = False, 
         rows = _open_folder(path, spec)
     else:
         rows = _open_file(path, spec) if path.is_file() else _open_hub(spec)
-    rows.task = task
+    rows.task, rows.spec = task, spec
     folder = rows.media.folder if spec.media_dir is None else _media_dir(Path(spec.media_dir))
     rows.media = MediaFolder(folder, outside, urls)
     return rows.select(spec)
