@@ -369,7 +369,8 @@ def _explain(detail: Any) -> str:
         return f"{key}: missing\n  Add {key}=..., or the key to the recipe."
     if detail["type"] == "bool_type":
         return f"{key}: expected true or false, found {detail['input']!r}"
-    return f"{key}: {detail['msg'].lower()}, found {detail['input']!r}"
+    said = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"].lower()
+    return f"{key}: {said}, found {detail['input']!r}"
 
 
 def _source_keys(key: str) -> list[str]:
