@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,17 @@ def finish(
     place.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     for name in (PLAN, *(f"{of['file']['name']}.json" for of in facts)):
         place.remove(name)
-    for unfinished in place.folder.glob(f"{UNFINISHED}*") if place.folder else ():
-        shutil.rmtree(unfinished)
+    if place.folder:
+        _sweep(place.folder)
     return manifest
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes were writing."""
+    for unfinished in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(unfinished)
+    for unfinished in folder.glob("*.tmp-*"):
+        unfinished.unlink()
 
 
 def _facts(place: Place, name: str, there: dict[str, int]) -> dict[str, Any]:
