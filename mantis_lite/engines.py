@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,7 @@ def _by_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[Task]:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **here)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
         for row in rows.map(partial(_of_row, work)).iter_rows():
             yield json.loads(row["done"])
