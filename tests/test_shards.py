@@ -17,6 +17,7 @@ from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -29,7 +30,7 @@ from typer.testing import CliRunner
 from benchmarks.forks import Forks
 from mantis_lite.cli import app
 from mantis_lite.data import place as places
-from mantis_lite.data.dataset import pack_epoch
+from mantis_lite.data.dataset import pack_epoch, schedule
 from mantis_lite.data.place import Place
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.shard_cache import File, ShardCache
@@ -39,6 +40,7 @@ from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import stated_head
 from mantis_lite.recipe import save_recipe
 from mantis_lite.sharding import shard
+from mantis_lite.training.callbacks import Ahead
 from mantis_lite.training.run import train
 
 ROWS = 24
@@ -245,6 +247,7 @@ PREPARE = """
 import sys
 from mantis_lite.recipe import load_recipe
 from mantis_lite.sharding import shard
+from mantis_lite.training.callbacks import Ahead
 if __name__ == "__main__":
     shard(load_recipe(sys.argv[1]), sys.argv[2], shard_size=4000, workers=int(sys.argv[3]))
 """
@@ -340,6 +343,34 @@ def test_an_epoch_of_what_is_fetched_goes_through_windows_that_fit(llava_folder,
             match=rf"data.cache_size: {largest:,} bytes do not hold two [^\n]*\n  Raise it to {2 * largest:,}",
         ):
             pack_epoch(found.train, made.packing)
+
+
+def test_the_next_window_is_fetched_while_one_is_trained_on(llava_folder, tmp_path):
+    http()
+    folder, manifest = sharded(llava_folder, tmp_path, 60)
+    with served(folder) as (url, asked):
+        made = of_url(llava_folder, url, 5 * max(file["bytes"] for file in manifest["shards"]))
+        samples = samples_of(made)[0].train
+        plan = schedule(samples, made.packing, made.train)
+        ahead, (shards,) = Ahead(plan, samples), fetched_sets(samples)
+        count, fetched = len(set(window_of(samples))), 0
+        visited = [window for _, window in ahead.visits]
+        assert sorted(visited[:count]) == sorted(visited[count:]) == list(range(count))
+        for step in range(plan.steps):
+            asked.clear()
+            ahead.on_step_begin(None, SimpleNamespace(global_step=step), None)
+            if threads := [thread for thread in threading.enumerate() if thread.name == "shards ahead"]:
+                threads[0].join()
+                fetched += 1
+                at = max(n for n, (first, _) in enumerate(ahead.visits) if first <= step * plan.accumulation)
+                wanted = {
+                    file.name for n, file in enumerate(shards.files) if shards.window(n, count) == visited[at + 1]
+                }
+                assert {path[1:] for path in asked} <= wanted
+                cached = {path.name.partition("-")[2] for path in shards.cache.folder.iterdir()}
+                assert wanted <= cached
+        assert fetched >= count
+    assert not Ahead(plan, samples_of(recipe_of("chat", llava_folder, str(folder)))[0].train).visits
 
 
 @pytest.mark.slow

@@ -56,8 +56,9 @@ def visits(packs: Sequence[Sequence[int]], samples: Samples) -> list[tuple[int, 
         return []
     of_packs = found[[pack[0] for pack in packs]]
     begins = np.flatnonzero(np.diff(of_packs, prepend=-1))
-    lasts = np.diff(begins, append=len(packs))
-    return [(int(at), int(of_packs[at])) for at in begins[lasts > 1]]
+    begins = begins[np.diff(begins, append=len(packs)) > 1]
+    begins = begins[np.diff(of_packs[begins], prepend=-1) != 0]
+    return [(int(at), int(of_packs[at])) for at in begins]
 
 
 def windows(samples: Samples, indices: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:

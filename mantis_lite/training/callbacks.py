@@ -110,7 +110,8 @@ class Ahead(TrainerCallback):
         coming = bisect_right(self.visits, at, key=lambda visit: visit[0])
         if self.begun < coming < len(self.visits):
             self.begun = coming
-            threading.Thread(target=self._fetch, args=(self.visits[coming][1],), daemon=True).start()
+            window = self.visits[coming][1]
+            threading.Thread(target=self._fetch, args=(window,), name="shards ahead", daemon=True).start()
 
     def _fetch(self, window: int) -> None:
         try:
