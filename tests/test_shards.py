@@ -159,7 +159,7 @@ def tar_members(path: Path) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["chat", pytest.param("video", marks=pytest.mark.slow), "classify"])
 def test_training_on_shards_is_training_on_the_rows(llava_folder, tmp_path, task):
     rows = rows_of(task, tmp_path)
     shard(recipe_of(task, llava_folder, rows), str(tmp_path / "shards"), shard_size=8000)
@@ -404,6 +404,7 @@ def test_a_run_killed_while_it_streams_is_the_run_that_was_not(llava_folder, tmp
     assert len(fetched) > 2 * len(manifest["shards"])  # the second epoch finds the first's gone
 
 
+@pytest.mark.slow
 def test_shards_in_memory_are_trained_on_as_those_on_disk(llava_folder, tmp_path):
     rows = rows_of("chat", tmp_path)
     urls = [str(tmp_path / "shards"), f"file://{tmp_path}/again", f"memory://{tmp_path.name}"]
