@@ -45,6 +45,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.preparation
+	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.clips
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loss

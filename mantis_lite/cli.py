@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .report.check import Check, Outlook
     from .report.fit import Fit
     from .report.probe import Probe
+    from .sharding import Sharded
     from .training.run import Run
 
 app = typer.Typer(
@@ -372,6 +373,39 @@ def download_command(
     _fetch(wanted, max_workers, verify)
 
 
+@data_app.command("prepare")
+def prepare_data(
+    recipe: RecipeArgument,
+    to: Annotated[str, typer.Option(help="The folder of the shards, or its URL: s3://bucket/name.")],
+    overrides: Overrides = None,
+    engine: Annotated[Literal["plain", "ray"], typer.Option(help="Processes here, or Ray on any machines.")] = "plain",
+    layout: Annotated[Literal["webdataset", "parquet"], typer.Option("--format", help="Of the shards.")] = "webdataset",
+    shard_size: Annotated[str, typer.Option(help="About how large a shard is to be.")] = "512MB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; else one for each CPU.")] = None,
+) -> None:
+    """Write what a recipe trains on as shards, to be read from a disk or a URL. Run it again to go on."""
+    from .errors import RecipeError
+    from .recipe import load_recipe, size_of
+
+    loaded = load_recipe(recipe, overrides or ())
+    try:
+        size = size_of(shard_size)
+    except ValueError as error:
+        raise RecipeError(f"--shard-size: {error}, found {shard_size}") from None
+    _prepare_process()
+    from rich.console import Console
+    from rich.progress import track
+
+    from .sharding import shard
+
+    def watch(found: Any, total: int) -> Any:
+        console = Console(stderr=True)
+        return track(found, "writing shards", total, console=console, transient=True, disable=not console.is_terminal)
+
+    done = shard(loaded, to, engine, layout, size, workers or os.cpu_count() or 1, watch)
+    _show_shards(done)
+
+
 @recipes_app.command("list")
 def list_recipes() -> None:
     """Name every recipe and what it is."""
@@ -546,6 +580,16 @@ def _show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
         from .data.labels import some
 
         typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
+
+
+def _show_shards(found: Sharded) -> None:
+    made = found.manifest
+    counts = f"{made['rows']:,} rows, {made['tokens']:,} tokens, {made['bytes'] / 1e6:,.1f} MB"
+    typer.echo(f"{counts} in {len(made['shards']):,} shards: data={found.place.url}")
+    for notice, count in made["notices"].items():
+        typer.echo(f"  notice, {count:,} times: {notice}")
+    for reject in found.rejects[:SHOWN]:
+        typer.echo(_printable(f"rejected {reject}"))
 
 
 def _show_pushed(found: Pushed) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 from ruamel.yaml.error import YAMLError
 
 from .conflicts import conflicts
@@ -25,12 +25,40 @@ Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 Kernel = Literal["lora", "rms_norm", "rope", "swiglu", "layer_norm", "relu_squared"]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+}
 
 DEFAULTS = {
     "chat": "chat-siglip-llama3-qlora",
     "video": "video-idefics2-qlora",
     "classify": "classify-idefics2-lora",
 }
+
+
+def size_of(text: Any) -> Any:
+    """Bytes, written as a number or as "512MB". Raises ValueError.
+
+    >>> size_of("512MB"), size_of("2 GiB")
+    (512000000, 2147483648)
+    """
+    if not isinstance(text, str):
+        return text
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    if not found or found[2] not in UNITS:
+        raise ValueError("expected a size, as 512MB or 20GB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+Size = Annotated[int, BeforeValidator(size_of), Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -75,6 +103,7 @@ class DataRecipe(Section):
     eval: float | str | None = None
     outside: StrictBool = False
     urls: StrictBool = False
+    cache_size: Size = 20 * 10**9
 
 
 class TrainableRecipe(Section):
@@ -386,7 +415,8 @@ def _explain(detail: Any) -> str:
         return f"{key}: missing\n  Add {key}=..., or the key to the recipe."
     if detail["type"] == "bool_type":
         return f"{key}: expected true or false, found {detail['input']!r}"
-    return f"{key}: {detail['msg'].lower()}, found {detail['input']!r}"
+    said = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"].lower()
+    return f"{key}: {said}, found {detail['input']!r}"
 
 
 def _source_keys(key: str) -> list[str]:

@@ -49,8 +49,10 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
         refuse_others(rest[0], [word for word in rest[1:] if not word.startswith("--")])
     elif command in ("chat", "merge", "push", "serve", "export"):  # of a run or a model that is not here
         get_command(app).commands[command].make_context(command, rest)
-    elif command == "data":  # from a hub that is not here
-        get_command(app).commands[command].commands[rest[0]].make_context(rest[0], rest[1:])
+    elif command == "data":  # words in any order, a recipe and its keys first among those that are no options
+        context = get_command(app).commands["data"].commands[rest[0]].make_context(rest[0], rest[1:])
+        if rest[0] == "prepare":  # else from a hub that is not here
+            load_recipe(context.params["recipe"], context.params["overrides"])
     else:
         monkeypatch.chdir(tmp_path)
         assert CliRunner().invoke(app, [command, *rest]).exit_code == 0

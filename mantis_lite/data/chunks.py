@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from .encode import Encoder
 from .labels import RowLabels, read_labels
 from .lengths import LengthCache, Measured, records_of
 from .sample import Sample
+from .shards import ShardRows
 from .source import Rows
 
 CHUNK = 256
@@ -90,6 +91,8 @@ class Chunks(Sequence[Read]):
     def begin(self, at: int, pool: Executor) -> Callable[[], Read]:
         """Parse a chunk's rows and let `pool` tokenise those not remembered; what is returned waits and answers."""
         source, stretch = self.stretches[at]
+        if isinstance(rows := self.rows[source], ShardRows):
+            return partial(self._of_shards, source, rows, stretch)
         faults: dict[int, SampleError] = {}
         found: dict[int, tuple[Sample, RowLabels | None]] = {}
         for row in stretch:
@@ -117,6 +120,36 @@ class Chunks(Sequence[Read]):
             return self._sorted_out(source, found, contents, lengths, faults, records_of(fresh))
 
         return finish
+
+    def _of_shards(self, source: int, rows: ShardRows, stretch: range) -> Read:
+        """What became of rows that were measured when their shards were made; none of them is read."""
+        kept = np.zeros(len(stretch), KEPT)
+        kept["source"], kept["row"] = source, stretch
+        for name in ("images", "digest"):
+            kept[name] = rows.of(name)[stretch.start : stretch.stop]
+        for at, name in enumerate(("tokens", "patches")):
+            kept["lengths"][:, at] = rows.of(name)[stretch.start : stretch.stop]
+        most = [self.packing.max_length, self.packing.max_patches or np.iinfo(np.int32).max]
+        large = np.any(kept["lengths"] > most, axis=1)
+        assert isinstance(large, np.ndarray)
+        labels, faults, fits = [], [], np.ones(len(stretch), dtype=bool)
+        for at in range(len(stretch)) if self.problem else np.flatnonzero(large).tolist():
+            stub = rows.stub(stretch[at])
+            try:
+                if large[at]:
+                    tokens, patches = kept["lengths"][at].tolist()
+                    length = Measured(tokens, patches, int(kept["images"][at]))
+                    fault = too_large(stub, length, self.packing)
+                    assert fault is not None
+                    raise fault
+                if self.problem:
+                    labels.append(read_labels(stub, self.problem))
+            except SampleError as error:
+                fits[at] = False
+                if not (self.drops and large[at]):
+                    faults.append(error)
+        oversize = len(stretch) - int(fits.sum()) - len(faults)
+        return Read(kept[fits], labels, faults, records_of({}), Counter(), oversize)
 
     def _sorted_out(
         self,

@@ -12,6 +12,8 @@ from itertools import chain
 
 import numpy as np
 import PIL.Image
+from numpy.typing import ArrayLike
+from PIL.Image import Image as Picture
 from tokenizers import Tokenizer
 
 from ..errors import SampleError
@@ -19,7 +21,7 @@ from . import media
 from .features import SIZE, Features
 from .frames import Frames
 from .lengths import Measured
-from .sample import Image, Sample, Turn
+from .sample import Image, Sample, Turn, Written
 from .template import LabelRule, Piece, Template, Token, plain, prompt, render
 from .vision import Pixels, Runs, Size, Vision
 
@@ -98,12 +100,24 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
+    @property
+    def facts(self) -> dict[str, str | int | None]:
+        """All that a sample's ids, labels and length depend on besides the sample, by where it is set."""
+        return {
+            "model's tokenizer": self.tokenizer.to_str(),
+            "prompt.template": repr(self.template),
+            "prompt.system": self.system,
+            "prompt.labels": self.labels,
+            "media.max_image_size": self.max_image_size,
+            "model's pictures": self.vision.facts,
+            "media": self.frames.facts,
+            "head": repr(self.score),
+        }
+
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that a length depends on besides the sample."""
-        facts = [self.tokenizer.to_str(), repr(self.template), self.system, self.labels, self.max_image_size]
-        facts += [self.vision.facts, self.frames.facts, repr(self.score)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        """A hash of `facts`."""
+        return hashlib.sha256(json.dumps([*self.facts.values()]).encode()).hexdigest()[:16]
 
     @cached_property
     def reserved(self) -> list[str]:
@@ -137,8 +151,21 @@ class Encoder:
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's tensors; opens its pictures and clips. Raises SampleError."""
+        if sample.written is not None:
+            return self._as_written(sample, sample.written)
         sample = self.frames.lay_out(sample)
         return self._encode(sample, self._render(sample))
+
+    def write(self, sample: Sample) -> tuple[Sample, list[Picture], Written]:
+        """What is kept of a sample in a shard: it laid out, its pictures' pixels, and its ids and labels.
+
+        `encode` then makes of these what it makes of the sample. Raises SampleError.
+        """
+        sample = self.frames.lay_out(sample)
+        pictures = self.frames.open(sample, self.max_image_size)
+        tokens = self._tokens(sample, self._render(sample), [picture.size for picture in pictures])
+        ids, labels, spans = (np.array(part, dtype=np.int32) for part in tokens)
+        return sample, pictures, Written(ids, labels, spans.reshape(-1, 2), self.fingerprint)
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The sample's turns and the header of the next answer, as `encode`, all without loss."""
@@ -248,6 +275,12 @@ class Encoder:
         written = self._tokens(sample, pieces, sizes)
         return self._finish(*written, pixels())
 
+    def _as_written(self, sample: Sample, written: Written) -> Encoded:
+        assert written.by == self.fingerprint, "a sample written out by another encoder"
+        _, pixels = self._seen(sample)
+        spans = [(first, behind) for first, behind in written.spans.tolist()]
+        return self._finish(written.ids, written.labels, spans, pixels())
+
     def _tokens(
         self, sample: Sample, pieces: list[Piece], sizes: Sequence[Size]
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
@@ -291,7 +324,7 @@ class Encoder:
             kept.append(found)
         return [tuple(features[SIZE].tolist()) for features in kept], lambda: kept
 
-    def _finish(self, ids: list[int], labels: list[int], spans: list[tuple[int, int]], pixels: list[Pixels]) -> Encoded:
+    def _finish(self, ids: ArrayLike, labels: ArrayLike, spans: list[tuple[int, int]], pixels: list[Pixels]) -> Encoded:
         input_ids = np.array(ids, dtype=np.int64)
         positions = None
         if self.vision.positions:

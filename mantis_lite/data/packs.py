@@ -57,6 +57,11 @@ class Packs(Sequence[list[int]]):
         """All packs' samples in order, without blank pictures."""
         return self.members[self.members != BLANK]
 
+    @property
+    def firsts(self) -> np.ndarray:
+        """The first sample of each pack, none of which may be empty, (P,)."""
+        return self.members[self.ends - self._widths]
+
     def sums(self, values: np.ndarray, blank: ArrayLike = 0) -> np.ndarray:
         """What samples' `values` (S, ...) come to in each pack, (P, ...); that of a blank picture is `blank`."""
         found = values[self.members]  # BLANK reads the last sample's, which is replaced

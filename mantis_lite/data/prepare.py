@@ -23,6 +23,7 @@ from .lengths import LengthCache
 from .mixing import by_square_root
 from .mixture import sources_of
 from .sample import Sample
+from .shards import are_shards, open_shards
 from .source import Rows, open_source
 from .subsets import refuse_absent
 
@@ -268,12 +269,20 @@ class _Reader:
                 specs += listed
         for spec in specs:
             with self.whole():
-                opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
+                if are_shards(spec.path):
+                    opened += self._open_shards(spec)
+                else:
+                    opened.append((spec, open_source(spec, self.task, self.data.outside, self.data.urls)))
         names = Counter(rows.name for _, rows in opened)
         for spec, rows in opened:
             if names[rows.name] > 1 or rows.name in self.named:
                 rows.name = spec.path
         self.named |= names.keys()
+        return opened
+
+    def _open_shards(self, spec: SourceRecipe) -> list[tuple[SourceRecipe, Rows]]:
+        opened, notices = open_shards(spec, self.task, self.encoder, self.data.cache_size)
+        self.prepared.notices.update(notices)
         return opened
 
     @property

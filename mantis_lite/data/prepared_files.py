@@ -21,6 +21,7 @@ from .encode import Encoder
 from .labels import Labels
 from .lines import Lines
 from .prepare import Prepared, Samples, hash_of
+from .shards import ShardRows, Shards, open_shards
 from .source import Rows, open_whole
 
 FACTS = "facts.json"
@@ -70,7 +71,13 @@ def open_prepared(
     """
     facts = json.loads((folder / FACTS).read_text())
     assert facts["made_by"] == hash_of(data, packing, encoder, seed, task, head), "prepared for another recipe"
-    sources = [_open_rows(kept, folder / f"source-{at}") for at, kept in enumerate(facts["sources"])]
+    sets: dict[str, Shards] = {}
+    sources: list[Rows] = []
+    for at, kept in enumerate(facts["sources"]):
+        if kept["shards"]:
+            sources.append(_open_shard_rows(kept, folder / f"source-{at}", sets, encoder, data.cache_size))
+        else:
+            sources.append(_open_rows(kept, folder / f"source-{at}"))
     parts = {name: _open_samples(kept, sources, folder / name) for name, kept in facts["parts"].items()}
     return Prepared(
         train=parts["train"],
@@ -93,7 +100,8 @@ def _save_rows(rows: Rows, folder: Path) -> dict[str, Any]:
         "outside": rows.media.outside,
         "urls": rows.media.urls,
         "dropped": rows.dropped,
-        "files": _stamps(rows.spec),
+        "shards": isinstance(rows, ShardRows),
+        "files": [] if isinstance(rows, ShardRows) else _stamps(rows.spec),
     }
     if rows.lines is not None:
         state = rows.lines.__getstate__()
@@ -117,6 +125,21 @@ def _open_rows(kept: dict[str, Any], folder: Path) -> Rows:
         raise DataError(f"{spec.path}: has changed since it was read\n  Start again, and let it be until the end.")
     rows.name, rows.dropped = kept["name"], kept["dropped"]
     rows.selected, rows.numbers = arrays["selected"], arrays["numbers"]
+    return rows
+
+
+def _open_shard_rows(
+    kept: dict[str, Any], folder: Path, sets: dict[str, Shards], encoder: Encoder, cache_size: int
+) -> ShardRows:
+    """The rows that shards have of a source; `sets` are those that are open already. Raises DataError."""
+    spec = SourceRecipe(**kept["spec"])
+    if spec.path not in sets:
+        ((_, first), *_), _ = open_shards(spec, kept["task"], encoder, cache_size)
+        assert isinstance(first, ShardRows)
+        sets[spec.path] = first.shards
+    rows = ShardRows(sets[spec.path], kept["name"])
+    rows.task, rows.spec, rows.dropped = kept["task"], spec, kept["dropped"]
+    rows.selected = _open_arrays(folder)["selected"]
     return rows
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from .zipped import Zipped
 
@@ -49,11 +51,21 @@ class Turn:
     content: tuple[str | Image | Video, ...]
 
 
+class Written(NamedTuple):
+    """What an encoder has written a sample out as: ids (T,), labels (T,), and for each picture its first token and the
+    one behind its last (P, 2), all int32; `by` is the encoder's fingerprint."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    spans: np.ndarray
+    by: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One training example; `where` is "train.jsonl:12"; `notices` says what was dropped from the row.
 
-    `labels` are the row's own, as written, where the task reads any.
+    `labels` are the row's own, as written, where the task reads any. `written` is there of a row that a shard keeps.
     """
 
     where: str
@@ -61,6 +73,7 @@ class Sample:
     turns: tuple[Turn, ...]
     notices: tuple[str, ...] = ()
     labels: Any = None
+    written: Written | None = field(default=None, compare=False)
 
     @property
     def images(self) -> tuple[Image, ...]:

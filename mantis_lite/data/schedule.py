@@ -16,6 +16,7 @@ from .cost import Cost
 from .packing import Length, add_blanks, plan, spread
 from .packs import BLANK, Packs
 from .prepare import Samples
+from .windows import windows
 
 OFF = 0.05
 """By how much of what was asked a step may be off before that is said."""
@@ -75,7 +76,16 @@ def pack_epoch(samples: Samples, packing: PackingRecipe, epoch: int = 0, touch: 
 
     With `touch`, those without pictures have a blank one of so many tokens.
     """
-    indices = _draw(samples, packing.seed, epoch).astype(np.int32)
+    return Packs.join(_windows(samples, packing, epoch, touch))
+
+
+def _windows(samples: Samples, packing: PackingRecipe, epoch: int, touch: int | None) -> list[Packs]:
+    """The packs of an epoch, by the windows in which shards are fetched; all in one where none are."""
+    drawn = windows(samples, _draw(samples, packing.seed, epoch), packing.seed, epoch)
+    return [_pack(samples, indices.astype(np.int32), packing, epoch, touch) for indices in drawn]
+
+
+def _pack(samples: Samples, indices: np.ndarray, packing: PackingRecipe, epoch: int, touch: int | None) -> Packs:
     if packing.enabled:
         packs = plan(samples.lengths[indices], _budget(packing), packing.seed, epoch, touch)
         return _of_samples(packs, indices)
@@ -98,20 +108,21 @@ def schedule(
     Packs that have no such group in their epoch are in the next. Raises DataError where no sample is drawn, and
     RecipeError where no epoch is asked for.
     """
-    first = pack_epoch(samples, packing, 0, touch)
-    if not len(first):
+    first = _windows(samples, packing, 0, touch)
+    if not any(map(len, first)):
         raise DataError("data: the sources' weights leave no row in an epoch\n  Raise the weight of one of them.")
     epochs, max_steps = float(train.get("num_train_epochs", 3)), train.get("max_steps", -1)
     if epochs <= 0 and max_steps <= 0:
         raise RecipeError("train.num_train_epochs: expected more than 0\n  Set it, or train.max_steps.")
     balance = ranks if packing.balance == "auto" else packing.balance
-    per_step, notices = _per_step(samples, first, train, balance)
+    per_step, notices = _per_step(samples, Packs.join(first), train, balance)
     groups = _Groups(samples, packing, balance, touch, cost or Cost())
     parts: list[Packs] = []
     sizes: list[int] = []
     while sum(sizes) < max_steps * per_step if max_steps > 0 else len(sizes) < epochs:
         epoch = len(sizes)
-        new = groups.of(first if epoch == 0 else pack_epoch(samples, packing, epoch, touch), epoch)
+        each = first if epoch == 0 else _windows(samples, packing, epoch, touch)
+        new = Packs.join([groups.of(packs, epoch) for packs in each])
         parts.append(_costliest_early(new, samples, per_step, balance) if epoch == 0 else new)
         sizes.append(len(new))
     if max_steps > 0:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,13 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, set_seed
 
+from ..data.prepare import Samples
 from ..data.schedule import Schedule
+from ..data.windows import count_windows, fetched_sets, visits
+from ..errors import DataError
 from .jsonlines import JsonLines
+
+log = logging.getLogger("mantis_lite")
 
 
 class Seeds(TrainerCallback):
@@ -83,6 +91,35 @@ class Aside(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for parameter in self.parameters:
             parameter.data = parameter.data.to(args.device)
+
+
+class Ahead(TrainerCallback):
+    """Fetches the shards of the next window while the packs of one are trained on; what fails is tried by its reader.
+
+    `visits` are the windows in the order of training, each with its first pack.
+    """
+
+    def __init__(self, schedule: Schedule, samples: Samples) -> None:
+        self.visits = visits(schedule.packs, samples)
+        self.per_step = schedule.per_step
+        self.sets = fetched_sets(samples)
+        self.windows = count_windows(self.sets) if self.sets else 0
+        self.begun = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        at = state.global_step * self.per_step
+        coming = bisect_right(self.visits, at, key=lambda visit: visit[0])
+        if self.begun < coming < len(self.visits):
+            self.begun = coming
+            window = self.visits[coming][1]
+            threading.Thread(target=self._fetch, args=(window,), name="shards ahead", daemon=True).start()
+
+    def _fetch(self, window: int) -> None:
+        try:
+            for shards in self.sets:
+                shards.fetch(window, self.windows)
+        except DataError as error:
+            log.warning("not fetched ahead: %s", error)
 
 
 class ProgressBar(TrainerCallback):

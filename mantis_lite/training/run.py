@@ -29,6 +29,7 @@ from ..data.packs import BLANK, Packs
 from ..data.prepare import Prepared
 from ..data.schedule import Schedule, pack_epoch
 from ..data.vision import Vision
+from ..data.windows import fetched_sets
 from ..errors import DiskError, OutOfMemory, Stopped
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
@@ -42,7 +43,7 @@ from ..models.vision_cache import VisionCache
 from ..plain_clients import write_settings, write_template
 from ..recipe import ModelRecipe, Recipe
 from .broken import Broken
-from .callbacks import Aside, Intervals, MetricsFile, Seeds
+from .callbacks import Ahead, Aside, Intervals, MetricsFile, Seeds
 from .checkpoints import folder_of, require_space, written
 from .curve import draw_curve
 from .jsonlines import lines_of
@@ -318,6 +319,8 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     metrics = MetricsFile(run_dir / METRICS, schedule, schedule.packs.sums(run.prepared.train.lengths[:, 0]))
     for callback in (Seeds(), Intervals(), trainer.numbers, metrics):
         trainer.add_callback(callback)
+    if fetched_sets(run.prepared.train):
+        trainer.add_callback(Ahead(schedule, run.prepared.train))
     if cache:
         trainer.add_callback(Aside(cache.unread(trainer.model)))
 

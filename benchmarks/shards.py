@@ -1,0 +1,129 @@
+"""Rows a second into shards, by processes and by Ray, and back out of them, from this disk and over HTTP.
+
+    python -m benchmarks.shards
+
+Distinct rows of seeded text with two JPEGs of 640 x 480 each, for the tiny model. Preparing is timed with the lengths
+remembered from before, each engine in a folder of its own, from its start to its end, with what its processes import.
+Reading is what packs cost before the model has them: the first READ rows of an epoch, in its order, to tensors, in one
+process; over HTTP from a server on loopback with an empty cache. The places take turns, REPEATS times: least, median
+and most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import tempfile
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mantis_lite.data.dataset import pack_epoch
+from mantis_lite.data.prepare import prepare
+from mantis_lite.models.checkpoint import open_checkpoint
+from mantis_lite.recipe import load_recipe
+from mantis_lite.sharding import shard
+
+from . import results
+from .preparation import make_rows, timed
+
+SHARD = 4 * 10**6
+READ, REPEATS = 200, 5
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def draw_pictures(folder: Path, count: int) -> None:
+    """Pictures in the place of the tiny ones that `make_rows` leaves: smooth shapes and a little noise."""
+    random = np.random.default_rng(1)
+    for number in range(count):
+        shapes = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((640, 480))
+        noise = random.normal(0, 4, (480, 640, 3))
+        pixels = np.clip(np.asarray(shapes) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=85)
+
+
+def prepared(data: str, to: Path, engine: str, workers: int, layout: str) -> float:
+    """Seconds of `mantis-lite data prepare`'s work, the import of this process aside."""
+    recipe = load_recipe("chat", ["model=tiny", f"data={data}"])
+    return timed(shard, recipe, str(to), engine, layout, SHARD, workers)[0]
+
+
+def read(data: str) -> float:
+    """Rows a second that are made tensors."""
+    recipe = load_recipe("chat", ["model=tiny", f"data={data}", "data.cache_size=1GB"])
+    encoder = open_checkpoint(recipe.model).encoder(recipe)
+    samples = prepare(recipe.data, recipe.packing, encoder).train
+    order = [index for pack in pack_epoch(samples, recipe.packing) for index in pack][:READ]
+    begun = time.perf_counter()
+    for index in order:
+        encoder.encode(samples[index])
+    return len(order) / (time.perf_counter() - begun)
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def measure(rows: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {"rows": rows, "cpus": os.cpu_count()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["MANTIS_LITE_CACHE"] = f"{name}/cache"
+        (folder / "rows").mkdir()
+        data = str(make_rows(folder / "rows", rows, images=2))
+        draw_pictures(folder / "rows", 2 * rows)
+        figures["bytes_of_rows"] = size_of(folder / "rows")
+        read(data)  # so that lengths are known, and everything is imported
+        cases = [("plain, 1 process", "plain", 1), ("plain, 2 processes", "plain", 2)]
+        if importlib.util.find_spec("ray"):
+            cases.append(("ray, 2 cores", "ray", 2))
+        for case, engine, workers in cases:
+            seconds = prepared(data, folder / case, engine, workers, "webdataset")
+            figures[f"prepared, {case}, rows_per_second"] = round(rows / seconds, 1)
+        prepared(data, folder / "parquet", "plain", 1, "parquet")
+        figures["bytes_of_webdataset"] = size_of(folder / cases[0][0])
+        figures["bytes_of_parquet"] = size_of(folder / "parquet")
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder / cases[0][0])))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        places = {
+            "rows themselves": data,
+            "webdataset on disk": str(folder / cases[0][0]),
+            "parquet on disk": str(folder / "parquet"),
+            "webdataset over http": f"http://127.0.0.1:{server.server_port}",
+        }
+        if importlib.util.find_spec("aiohttp") is None:
+            del places["webdataset over http"]
+        speeds: dict[str, list[float]] = {place: [] for place in places}
+        for repeat in range(REPEATS):
+            os.environ["MANTIS_LITE_CACHE"] = f"{name}/cache-{repeat}"
+            for place, path in places.items():
+                speeds[place].append(round(read(path), 1))
+        for place, found in speeds.items():
+            figures[f"read, {place}, rows_per_second"] = [min(found), statistics.median(found), max(found)]
+        server.shutdown()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1000)
+    args = parser.parse_args()
+    figures = measure(args.rows)
+    print(figures)
+    results.write("shards", figures)
+
+
+if __name__ == "__main__":
+    main()
