@@ -15,7 +15,13 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest -m "not slow"
 
-test-slow: .venv/installed
+# What only some users want, and their tests: many GPUs by DeepSpeed, which is built here, and Ray.
+.venv/scale: .venv/installed
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation setuptools wheel deepspeed 'ray[data]'
+	touch $@
+
+test-slow: .venv/scale
 	$(BIN)/pytest -m slow
 
 test-all: test test-slow

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from benchmarks.forks import Forks
 from mantis_lite.cli import app
 from mantis_lite.data import place as places
-from mantis_lite.data.dataset import pack_epoch, schedule
+from mantis_lite.data.schedule import pack_epoch, schedule
 from mantis_lite.data.place import Place
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.shard_cache import File, ShardCache
@@ -362,7 +362,7 @@ def test_the_next_window_is_fetched_while_one_is_trained_on(llava_folder, tmp_pa
             if threads := [thread for thread in threading.enumerate() if thread.name == "shards ahead"]:
                 threads[0].join()
                 fetched += 1
-                at = max(n for n, (first, _) in enumerate(ahead.visits) if first <= step * plan.accumulation)
+                at = max(n for n, (first, _) in enumerate(ahead.visits) if first <= step * plan.per_step)
                 wanted = {
                     file.name for n, file in enumerate(shards.files) if shards.window(n, count) == visited[at + 1]
                 }
