@@ -116,10 +116,11 @@ def join() -> Ranks:
         return ALONE
     rank, size, local = world()
     if not distributed.is_initialized():
+        if torch.cuda.is_available():
+            local %= torch.cuda.device_count()  # a scheduler may show each process its own GPU alone
+            torch.cuda.set_device(local)
         for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local}.items():
             os.environ[name] = str(value)  # where SLURM alone had set them, for accelerate
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(rank, size, local, distributed.new_group(timeout=PATIENCE, backend="gloo"))
 
