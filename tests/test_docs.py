@@ -42,7 +42,8 @@ COMMANDS = [shlex.split(line, comments=True) for line in CODE if line.startswith
 def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
     _, command, *rest = words
     if command in ("train", "check"):
-        load_recipe(rest[0], rest[1:])
+        context = get_command(app).commands[command].make_context(command, rest)
+        load_recipe(context.params["recipe"], context.params["overrides"])
     elif command == "fit":
         load_recipe(rest[0], ["data=x", *(word for word in rest[1:] if "=" in word)])
     elif command == "predict":  # of a run that a reader has made
