@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -164,7 +165,7 @@ def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitEr
 
 def workers_for(rows: int) -> int:
     """Processes that read so many rows soonest: as many as this one may use cores, or none for a few."""
-    if rows < FEW or sys.platform != "linux":
+    if rows < FEW or sys.platform != "linux" or multiprocessing.current_process().daemon:  # those may start none
         return 0
     cores = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     return cores if cores > 1 else 0
@@ -233,7 +234,7 @@ def _as_it_is(read: Any) -> Any:
 
 
 def _hear_children(how: Any) -> None:
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
+    if how is not None and threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
         signal.signal(signal.SIGCHLD, how)
 
 
