@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -197,7 +198,7 @@ def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitEr
 
 def workers_for(rows: int) -> int:
     """Processes that read so many rows soonest: as many as this one may use cores, or none for a few."""
-    if rows < FEW or sys.platform != "linux":
+    if rows < FEW or sys.platform != "linux" or multiprocessing.current_process().daemon:  # those may start none
         return 0
     cores = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     return cores if cores > 1 else 0
@@ -251,23 +252,28 @@ def _loaded(chunks: Chunks, wanted: Iterable[int], workers: int) -> Iterator[Rea
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # or the numbers that are drawn later would depend on who reads
     )
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        with _one_thread_each():
-            found = iter(loader)
-        _hear_children(signal.SIG_DFL)  # or torch tells of a death wherever this process is, half a chunk counted
+    with _one_thread_each():
+        found = iter(loader)
+    with _deaths_heard_in_turn():
         yield from found
-    finally:
-        _hear_children(before)
 
 
 def _as_it_is(read: Any) -> Any:
     return read
 
 
-def _hear_children(how: Any) -> None:
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
-        signal.signal(signal.SIGCHLD, how)
+@contextmanager
+def _deaths_heard_in_turn() -> Iterator[None]:
+    """Torch tells of a death when a chunk is asked for, and not wherever this process is, with half a chunk counted."""
+    heard = signal.getsignal(signal.SIGCHLD)
+    if heard is None or threading.current_thread() is not threading.main_thread():  # where Python hears no signals
+        yield
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, heard)
 
 
 @contextmanager
