@@ -66,7 +66,7 @@ def _by_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[Task]:
     if begun := not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         here: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **here)
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
