@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips_made import make
 from families import save
 from helpers import chat, logs_of, losses, write_rows
 from safetensors.torch import load_file
@@ -127,6 +128,33 @@ def test_two_processes_train_as_one(forks, alone, tmp_path, strategy, task, meth
     assert_same(tmp_path / "run", one)
     steps = [int(folder.name.rpartition("-")[2]) for folder in saved(tmp_path / "run")]
     assert steps == [4, 3, 2, 1]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["llava", "fuyu", "smolvlm", "qwen2_vl"])
+def test_every_layout_trains_in_parts(forks, tmp_path, name):
+    """Towers of all kinds, a projector within one, embeddings that are tied, rotary positions in rows."""
+    settings = settings_of(save(name, tmp_path / "model"), tmp_path)
+    settings |= {"packing": {"max_length": 400, "balance": 2}}
+    settings["train"] |= {"max_steps": 2, "save_steps": 2}
+    for run_dir, launch in [("one", ()), ("two", ("zero3", 2))]:
+        answer = trained(forks, settings, tmp_path / run_dir, *launch)
+        assert answer["status"] == 0, answer["said"]
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=needs_deepspeed)])
+def test_clips_pictures_and_text_alone_do_not_wait_for_each_other(forks, idefics2, tmp_path, strategy):
+    clip = make(tmp_path / "clip.mp4", frames=12)
+    rows = [chat(f"what is {i}?", f"{i} is red", images=(i,) if i % 3 == 1 else ()) for i in range(18)]
+    for row in rows[::3]:
+        row["video"] = clip.name
+    settings = settings_of(idefics2, tmp_path) | {"task": "video", "media": {"num_frames": 2}}
+    settings |= {"data": write_rows(tmp_path / "mixed.jsonl", rows), "eval": {}}
+    for run_dir, launch in [("one", ()), ("two", (strategy, 2))]:
+        answer = trained(forks, settings, tmp_path / run_dir, *launch)
+        assert answer["status"] == 0, answer["said"]
+    assert_same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

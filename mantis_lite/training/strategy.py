@@ -111,9 +111,10 @@ def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:
     from deepspeed import zero
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    for path in parts:
-        around = base.get_submodule(path.rpartition(".")[0])
-        for module in base.get_submodule(path).modules():
+    there = dict(base.named_modules())
+    for path in there.keys() & set(parts):  # within a family, one model may lack what another has
+        around = there[path.rpartition(".")[0]]
+        for module in there[path].modules():
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
             for parameter in module.parameters(recurse=False):
