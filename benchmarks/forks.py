@@ -160,7 +160,8 @@ def _wait(children: list[int], begun: float, kill_after: float | None) -> tuple[
 
     Where one fails, the others are given a while, and killed, as launchers do.
     """
-    until = begun + (LIMIT if kill_after is None else kill_after)
+    limit = LIMIT if len(children) == 1 else 2 * LIMIT  # DeepSpeed compiles something the first time
+    until = begun + (limit if kill_after is None else kill_after)
     hangs, first, left = False, 0, list(children)
     try:
         while left:
