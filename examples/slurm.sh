@@ -16,7 +16,7 @@ set -u
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500
 
-srun mantis-lite train chat-siglip-llama3-full \
+srun --kill-on-bad-exit=1 mantis-lite train chat-siglip-llama3-full \
     data=/shared/my.json \
     run_dir=/shared/runs/siglip-llama3-full
 code=$?

@@ -123,11 +123,11 @@ class Lasting(Trainer):
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Save the steps that were taken before a run ends of its workers."""
+        """Save the steps that were taken before a run ends of its workers; of several processes, the others go on."""
         try:
             yield
         except WorkerError:
-            if self.state.global_step:
+            if self.state.global_step and self.ranks.size == 1:
                 self.save_now()
             raise
 
