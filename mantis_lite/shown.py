@@ -1,0 +1,182 @@
+"""What commands show at a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from .data.prepare import Prepared
+    from .metrics import Metrics
+    from .push import Pushed
+    from .report.check import Check, Outlook
+    from .report.fit import Fit
+    from .report.probe import Probe
+    from .sharding import Sharded
+    from .training.run import Run
+
+
+def printable(text: str) -> str:
+    """Text from a row, without what a terminal would take for a command, and without half characters."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def show_start(run: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="what trains", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("trainable", justify="right")
+    table.add_column("in 4 bits", justify="right")
+    for part, *counts in run.sizes:
+        table.add_row(part, *(f"{count:,}" for count in counts))
+    console = Console(highlight=False)
+    console.print(table)
+    for notice in run.notices:
+        typer.echo(f"notice: {notice}")
+    show_rows(run.prepared)
+    plan = run.schedule
+    console.print(f"{len(plan.packs):,} packs, {plan.per_step} a step, {plan.steps:,} steps -> {run.recipe.run_dir}")
+
+
+def show_metrics(metrics: Metrics) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="metrics", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, "not defined" if value is None else f"{value:.4f}")
+    Console(highlight=False).print(table)
+
+
+def show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
+    parts = [f"{prepared.rows_read:,} rows read", f"{len(prepared.train):,} {purpose}"]
+    if prepared.held_out is not None:
+        parts.append(f"{len(prepared.held_out):,} held out")
+    parts.append(f"{len(prepared.rejects):,} rejected")
+    parts.append(f"{prepared.oversize:,} dropped as larger than a pack")
+    typer.echo(", ".join(parts))
+    for notice, count in prepared.notices.items():
+        typer.echo(f"  notice, {count:,} times: {notice}")
+    if prepared.labels is not None:
+        from .data.labels import some
+
+        typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
+
+
+def show_shards(found: Sharded) -> None:
+    made = found.manifest
+    counts = f"{made['rows']:,} rows, {made['tokens']:,} tokens, {made['bytes'] / 1e6:,.1f} MB"
+    typer.echo(f"{counts} in {len(made['shards']):,} shards: data={found.place.url}")
+    for notice, count in made["notices"].items():
+        typer.echo(f"  notice, {count:,} times: {notice}")
+    for reject in found.rejects[:SHOWN]:
+        typer.echo(printable(f"rejected {reject}"))
+
+
+def show_pushed(found: Pushed) -> None:
+    for notice in found.notices:
+        typer.echo(f"notice: {notice}")
+    for name, size in found.files.items():
+        typer.echo(f"{size:>15,}  {name}")
+    count = f"{len(found.files)} files, {sum(found.files.values()) / 1e6:,.1f} MB"
+    typer.echo(f"{count}: pushed, {found.commit}" if found.commit else f"{count}: would be pushed to {found.url}")
+
+
+SHOWN = 20
+"""How many rejected rows the terminal shows."""
+
+
+def show_check(found: Check, output: Path | None) -> None:
+    if found.notice:
+        typer.echo(f"notice: {found.notice}")
+    rejects = found.prepared.rejects
+    show_rows(found.prepared)
+    if found.outlook:
+        _show_outlook(found.outlook)
+    for reject in rejects[:SHOWN]:
+        typer.echo(printable(f"rejected {reject}"))
+    if len(rejects) > SHOWN:
+        typer.echo(f"and {len(rejects) - SHOWN:,} more; --output=rejects.jsonl writes all of them down")
+    if output:
+        typer.echo(f"{len(rejects):,} rejected rows in {output}")
+
+
+def _show_outlook(found: Outlook) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
+    first = found.schedule.packs[: found.packs]
+    size = len(first.samples) / len(first)
+    console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
+    plan = found.schedule
+    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.per_step} packs; in all {plan.steps:,}")
+    if kept := found.kept:
+        console.print(
+            f"vision cache: {kept.pictures:,} pictures, each used {kept.uses:.1f} times: memory.vision_cache=disk (or "
+            f"memory) would compute their features once, and take {kept.size / 1e6:,.1f} MB"
+        )
+    if found.target is None:
+        what = f"in template {found.template}, {found.trained_tokens} tokens trained (marked)"
+    else:
+        what = f"to be scored {found.target}"
+    console.print(f"\n{found.sample.where} {what}:", markup=False)
+    text = Text()
+    for stretch in found.rendered:
+        if stretch.trained and not console.is_terminal:
+            text.append(f"⟦{stretch.text}⟧")
+        else:
+            text.append(stretch.text, style="black on green" if stretch.trained else "dim")
+    console.print(text)
+
+
+def show_fit(found: Fit) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .memory.shortage import saving
+
+    table = Table(title="memory at the peak of a step", title_justify="left")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    terms = {**found.estimate.terms, **found.estimate.overhead}
+    for what, size in terms.items():
+        if size >= 1 << 20:
+            table.add_row(what, f"{size / (1 << 30):.2f}")
+    table.add_section()
+    table.add_row("in all", f"{found.estimate.total / (1 << 30):.2f}")
+    if found.choice is not None:
+        for notice in found.choice.notices:
+            typer.echo(notice)
+    typer.echo(found.known)
+    Console(highlight=False).print(table)
+    typer.echo("fits a card of  " + "  ".join(f"{n:g} GiB: {'yes' if ok else 'no'}" for n, ok in found.cards.items()))
+    for other in found.overrides:
+        typer.echo(f"  {saving(other, found.estimate.total)}")
+
+
+def show_probe(found: Probe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="memory at the peak of two steps that were run", title_justify="left")
+    for name in ("what", "estimated, GiB", "measured, GiB", "off by"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    for what, estimated, measured in found.figures:
+        sizes = (f"{size / (1 << 30):.3f}" for size in (estimated, measured))
+        table.add_row(what, *sizes, f"{estimated / measured - 1:+.1%}")
+    typer.echo(f"ran a pack of {found.pack.tokens:,} tokens and {found.pack.patches:,} patches on {found.machine}")
+    Console(highlight=False).print(table)
+
+
+def _spread(spread: tuple[int, int, int]) -> str:
+    least, median, most = spread
+    return f"{least:,} to {most:,}, median {median:,}"
