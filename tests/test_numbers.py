@@ -194,7 +194,7 @@ def test_a_part_that_does_not_move_ends_the_run(tmp_path):
 
 def test_overflows_of_float16_are_left_to_the_loss_scale_for_a_while(tmp_path):
     found, state = numbers(tmp_path)
-    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}], scaler=object())
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}], scaler=object(), optimizer=None)
     for _ in range(OVERFLOWS):
         found.counted(torch.tensor(2.0))
         found.on_pre_optimizer_step(None, state, None, optimizer=optimizer)

@@ -125,7 +125,7 @@ def test_a_card_is_named_in_vain_where_nothing_is_picked(asked):
 def test_a_run_without_a_card_says_so_and_changes_nothing(asked):
     run = start(make_recipe(asked))
     assert run.notices[0].startswith("memory.fit: there is no GPU here, so nothing was picked")
-    assert run.recipe == make_recipe(asked, ["memory.fit=off"])
+    assert run.recipe == make_recipe(asked, ["memory.fit=off", "launch.strategy=single", "packing.balance=1"])
 
 
 def test_a_run_that_goes_on_keeps_to_what_was_picked(asked, tmp_path, monkeypatch):
