@@ -127,6 +127,33 @@ def _launch_conflicts(recipe: Recipe) -> Iterator[str]:
         if sharded or recipe.part("projector") != "frozen":
             why = f"launch.strategy={strategy} parts the tower" if sharded else "several GPUs train a projector with it"
             yield f"memory.vision_cache: {recipe.memory.vision_cache}, but {why}\n  Set memory.vision_cache=off."
+    if launch.sequence > 1:
+        yield from _sequence_conflicts(recipe)
+
+
+def _sequence_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Of rows that several GPUs share."""
+    sequence, memory = recipe.launch.sequence, recipe.memory
+    if recipe.strategy == "single":
+        yield f"launch.sequence: {sequence} GPUs are to share each row, and one trains\n  Set launch.gpus={sequence}."
+    if recipe.strategy == "fsdp2":
+        yield "launch.sequence: it has not been tried with launch.strategy=fsdp2\n  Set launch.strategy=ddp or zero3."
+    if recipe.task == "classify":
+        yield "launch.sequence: a score head reads tokens of the whole row\n  Set launch.sequence=1."
+    if memory.attention in ("sdpa", "eager"):
+        found = f"{memory.attention}, but GPUs that share a row exchange it in this package's own attention"
+        yield f"memory.attention: {found}\n  Set memory.attention=auto."
+    if memory.vision_cache != "off":
+        found = f"{memory.vision_cache}, but it has not been tried with launch.sequence={sequence}"
+        yield f"memory.vision_cache: {found}\n  Set memory.vision_cache=off."
+    if memory.mlp_tile:
+        found = f"{memory.mlp_tile}, but it has not been tried with launch.sequence={sequence}"
+        yield f"memory.mlp_tile: {found}\n  Leave it out."
+    if memory.fit == "auto":
+        found = f"auto counts whole rows, of which launch.sequence={sequence} has a GPU hold a part"
+        yield f"memory.fit: {found}\n  Set memory.fit=off."
+    if recipe.train.get("label_smoothing_factor"):
+        yield "train.label_smoothing_factor: it needs the logits of whole rows\n  Leave it out, or launch.sequence=1."
 
 
 def _media_conflicts(recipe: Recipe) -> Iterator[str]:

@@ -194,6 +194,7 @@ class LaunchRecipe(Section):
     strategy: Strategy | None = None
     gpus: Positive | None = None
     nodes: Positive = 1
+    sequence: Positive = 1
 
 
 class Recipe(Section):

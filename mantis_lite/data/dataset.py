@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+from torch.nn.functional import pad
 
 from ..errors import SampleError
 from .collate import Batch, collate
@@ -28,6 +29,7 @@ def pack_dataset(
     targets: np.ndarray | None = None,
     doing: Callable[[int], None] | None = None,
     touch: bool = False,
+    fewest: int = 1,
 ) -> datasets.Dataset:
     """A datasets.Dataset with a row a pack, encoded when it is asked for: pixels are decoded nowhere else.
 
@@ -35,18 +37,25 @@ def pack_dataset(
     goes on without that sample. A pack with no other becomes a stand-in without loss, so that the step has a batch.
     More than MOST_IN_A_ROW such samples are an error all the same. `targets` (S, ...) are what a score head is to say
     of the samples. `doing` is told of each before it is encoded. With `touch` a pack that has lost its pictures gets a
-    blank one, as those have that never had any.
+    blank one, as those have that never had any. A pack has `fewest` tokens at least, filled up without loss.
     """
-    encode = _Encode(samples, encoder, broken, targets, doing, touch)
+    encode = _Encode(samples, encoder, broken, targets, doing, touch, fewest)
     features = datasets.Features({"pack": datasets.List(datasets.Value("int32"))})
     offsets = pyarrow.array(np.concatenate([[0], packs.ends]), pyarrow.int32())
     column = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(packs.members))
     return datasets.Dataset.from_dict({"pack": column}, features=features).with_transform(encode)
 
 
-def collate_packs(rows: list[dict[str, list[Encoded]]], vision: Vision) -> Batch:
-    """The collator of `pack_dataset`'s rows: one pack, or several laid end to end."""
-    return collate([sample for row in rows for sample in row["encoded"]], vision.batch)
+def collate_packs(rows: list[dict[str, list[Encoded]]], vision: Vision, stretch: int = 0, sequence: int = 1) -> Batch:
+    """The collator of `pack_dataset`'s rows: one pack, or several laid end to end.
+
+    Where `sequence` processes share it, `shift_labels` is what this one's `stretch` of the row is to predict.
+    """
+    batch = collate([sample for row in rows for sample in row["encoded"]], vision.batch)
+    if sequence > 1:  # the last token of a stretch predicts the first of the next
+        ahead = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+        batch["shift_labels"] = ahead.tensor_split(sequence, dim=1)[stretch]
+    return batch
 
 
 @dataclass
@@ -59,6 +68,7 @@ class _Encode:
     targets: np.ndarray | None
     doing: Callable[[int], None] | None
     touch: bool
+    fewest: int
     failed: int = 0
 
     def __call__(self, rows: dict[str, list[list[int]]]) -> dict[str, list[list[Encoded]]]:
@@ -69,7 +79,9 @@ class _Encode:
         encoded = [sample for sample in found if sample is not None]
         if BLANK in pack or (self.touch and not any(sample.pixels for sample in encoded)):
             encoded.append(self._without_loss(self.encoder.blank()))
-        return encoded or [self._without_loss(self.encoder.nothing())]
+        while sum(map(len, encoded)) < self.fewest:
+            encoded.append(self._without_loss(self.encoder.nothing()))
+        return encoded
 
     def _without_loss(self, encoded: Encoded) -> Encoded:
         return encoded if self.targets is None else replace(encoded, target=_unknown(self.targets[0]))

@@ -54,11 +54,16 @@ class Schedule:
         """Micro-steps of a step: packs that each of so many GPUs takes one after the other."""
         return math.ceil(self.per_step / ranks)
 
-    def laid_out(self, ranks: int) -> Packs:
+    def laid_out(self, ranks: int, sequence: int = 1) -> Packs:
         """The packs with each step's filled up to a multiple of `ranks`, by packs without a sample and without loss.
 
-        The GPU `rank` takes entry (step * accumulation(ranks) + micro_step) * ranks + rank.
+        The GPU `rank` takes entry (step * accumulation(ranks) + micro_step) * ranks + rank. Where `sequence` GPUs share
+        a pack, it is there for each of them, and `ranks` counts the packs that are worked on at once.
         """
+        packs = self._filled_up(ranks)
+        return packs if sequence == 1 else packs.take(np.repeat(np.arange(len(packs)), sequence))
+
+    def _filled_up(self, ranks: int) -> Packs:
         count, width = len(self.packs), self.accumulation(ranks) * ranks
         last = count % self.per_step
         if width == self.per_step and last % ranks == 0:

@@ -25,11 +25,12 @@ def shortage(when: str, work: Work, recipe: Recipe, error: Exception) -> OutOfMe
     pack, estimate = known[0].pack, known[0].estimate
     term, size = max({**estimate.terms, **estimate.overhead}.items(), key=lambda item: item[1])
     begun = get_last_checkpoint(str(recipe.run_dir)) if recipe.run_dir.is_dir() else None
+    whole = ", were the row not shared" if recipe.launch.sequence > 1 else ""
     add = "Add to the command, with --from-scratch as the run has begun:" if begun else "Add to the command:"
     lines = [
         found,
         f"The largest pack, of {pack.tokens:,} tokens and {pack.patches:,} patches ({work.rows.where(pack)}), is "
-        f"estimated at {estimate.total / GIB:.2f} GiB; most of it, {size / GIB:.2f} GiB, is: {term}.",
+        f"estimated at {estimate.total / GIB:.2f} GiB{whole}; most of it, {size / GIB:.2f} GiB, is: {term}.",
         add if helping else "No override would save more: take a larger card.",
         *(f"  {saving(other, estimate.total)}" for other in helping),
     ]

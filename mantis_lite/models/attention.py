@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..errors import RecipeError
+from .sequence import Stretches
 
 # By what each goes among transformers' attentions, some of whose models look for words like "flash" in a name.
 SEGMENT = {
@@ -59,22 +60,27 @@ def segment_attention(
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     kernel: str = "auto",
+    stretches: Stretches | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each of a pack's samples.
 
     query (1, H, T, D), key and value (1, K, T, D) with K dividing H; `cu_seq_lens_q` (S + 1,) holds the boundaries.
     With a `sliding_window` (Mistral's) a position attends to that many, itself the last. `kernel` is one of KERNELS,
-    or "auto" for the first that takes these tensors. Returns (1, T, H, D).
+    or "auto" for the first that takes these tensors. Returns (1, T, H, D). Of a row that processes share, `stretches`
+    says how, and all but the boundaries is of this process's.
     """
     assert cu_seq_lens_q is not None and max_length_q is not None, "a batch without the boundaries of its samples"
     assert attention_mask is None and query.shape[0] == 1 and not dropout
     query, key, value = _as_computed(query, key, value)
+    if stretches is not None:
+        query, key, value = (stretches.by_heads(x) for x in (query, key, value))
     if kernel == "auto":
         kernel = _best(query)
     computes = {"segment": _calls, "flex": _flex, "varlen": _varlen, "flash2": _flash2, "flash3": _flash3}
     asked = _Asked(cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    return computes[kernel](query, key, value, asked), None
+    out = computes[kernel](query, key, value, asked)
+    return out if stretches is None else stretches.by_tokens(out), None
 
 
 def _as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -58,6 +58,8 @@ def read(name: str, overrides: Sequence[str]) -> Recipe:
 def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> Fit:
     """Estimate a recipe's largest pack, for one card or all of CARDS. Raises RecipeError, and errors of the data."""
     recipe = read(name, overrides)
+    if recipe.launch.sequence > 1:
+        raise RecipeError("launch.sequence: estimates are of a GPU that holds whole rows\n  Leave it out to have that.")
     at_hand = card_of(gpu) if gpu else card_at_hand()
     if recipe.memory.fit == "auto" and at_hand is None:
         raise RecipeError("memory.fit: auto picks for a card, and there is none here\n  Name one: --gpu 12.")

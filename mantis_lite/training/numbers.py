@@ -154,7 +154,9 @@ class Numbers(TrainerCallback):
         """Take no step: the optimizer passes over what has no gradient."""
         self.spoiled = True
         each = self.ranks.gathered(losses)  # a step's packs went round the processes
-        broken = [at for at, loss in enumerate(chain(*zip(*each, strict=True))) if not math.isfinite(loss)]
+        losses_by_pack = enumerate(chain(*zip(*each, strict=True)))
+        shared = self.ranks.sequence
+        broken = sorted({at // shared for at, loss in losses_by_pack if not math.isfinite(loss)})
         packs = self.named(step)
         broken = [at for at in broken if at < len(packs)]
         samples = [name for at in broken or range(len(packs)) for name in packs[at]]

@@ -25,6 +25,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.cost import cost_of
 from ..models.kernels import chosen_kernels
 from ..models.load import stated_head
+from ..models.sequence import require_sharing
 from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
 from ..recipe import Recipe, save_recipe
 from .broken import REJECTS
@@ -174,7 +175,9 @@ def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
         require_encoder_outputs()
     if recipe.model.adapter:
         find_adapter(recipe.model.adapter, import_upstream, recipe.model)
-    return open_model(recipe.model)
+    checkpoint = open_model(recipe.model)
+    require_sharing(checkpoint.config, recipe.launch.sequence)
+    return checkpoint
 
 
 def _schedule(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> Schedule:
@@ -183,7 +186,8 @@ def _schedule(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared
     touch = cost = None
     if recipe.packing.balance != 1:
         cost = cost_of(checkpoint.config, checkpoint.family, recipe)
-    if recipe.packing.balance != 1 and (parts != {"frozen"} or recipe.model.adapter):
+    several = recipe.packing.balance != 1 or recipe.launch.sequence > 1
+    if several and (parts != {"frozen"} or recipe.model.adapter):
         touch = encoder.blank_length().tokens
         _make_room(prepared, recipe, touch)
     return schedule(prepared.train, recipe.packing, recipe.train, touch=touch, cost=cost)

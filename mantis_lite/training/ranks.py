@@ -24,16 +24,28 @@ class Ranks:
     """One process of a run's `size`, the `rank`-th; on its machine the `local`-th, which is its GPU.
 
     `group` is one of the CPUs, to wait for each other and to tell small things; None where a process is alone.
+    Each pack is shared by `sequence` processes, one after the other.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
     group: distributed.ProcessGroup | None = None
+    sequence: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def at_once(self) -> int:
+        """How many packs are worked on at the same time."""
+        return self.size // self.sequence
+
+    @property
+    def stretch(self) -> int:
+        """Which part of a pack is this process's, from 0."""
+        return self.rank % self.sequence
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -34,7 +34,7 @@ FIXED = ("model", "task", "method", "trainable", "lora", "head", "memory.quantiz
 
 FREE = (
     *("train.save_steps", "train.save_total_limit", "train.dataloader_", "train.report_to", "train.run_name"),
-    *("launch.gpus", "launch.nodes"),
+    *("launch.gpus", "launch.nodes", "launch.sequence"),
 )
 """What makes no difference to what is trained."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import distributed
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -39,6 +40,7 @@ from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
 from ..models.kernels import chosen_kernels, fuse, fused_layers, words
 from ..models.load import load_model, working_dtype
+from ..models.sequence import share_rows
 from ..models.vision_cache import VisionCache
 from ..plain_clients import write_settings, write_template
 from ..recipe import ModelRecipe, Recipe
@@ -80,6 +82,8 @@ class Run(Plan):
         if isinstance(self.checkpoint, Assembled):
             notices.append(f"model: {self.checkpoint.public_name}, put together in {self.checkpoint.folder}")
         notices.append(f"attention: {chosen_attention(self.recipe.memory.attention, use_cpu)}")
+        if self.ranks.sequence > 1:
+            notices.append(f"launch.sequence: {self.ranks.sequence} GPUs share each row, its pictures are seen by each")
         chosen = chosen_kernels(self.recipe)
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
         if adapter := self.recipe.model.adapter:
@@ -281,6 +285,8 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
         model = make_trainable(load_model(checkpoint, recipe, head), recipe, checkpoint.family, import_upstream)
         if chosen_kernels(recipe)["lora"] is None:
             fuse(model, ["lora"])
+        if plan.ranks.sequence > 1:
+            share_rows(model, distributed.new_subgroups(plan.ranks.sequence)[0])
         cache = None
         if recipe.memory.vision_cache != "off":  # an adapter that is gone on with says itself what trains
             trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
@@ -359,19 +365,21 @@ def _datasets(
     """The packs to train on, and those that are held out; `doing` is told what either's workers are at."""
     train, held_out = plan.prepared.train, plan.prepared.held_out
     encoder = cache.encoder if cache else plan.encoder
-    packs = plan.schedule.laid_out(plan.ranks.size)
+    ranks = plan.ranks
+    packs = plan.schedule.laid_out(ranks.at_once, ranks.sequence)
     touch = plan.schedule.touch is not None
-    shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0], touch)
+    shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0], touch, ranks.sequence)
     if held_out is None:
         return shown, None
-    return shown, pack_dataset(_held_out_packs(plan), held_out, encoder, broken, held_out.targets, doing[1])
+    packs, targets = _held_out_packs(plan), held_out.targets
+    return shown, pack_dataset(packs, held_out, encoder, broken, targets, doing[1], fewest=ranks.sequence)
 
 
 def _held_out_packs(plan: Plan) -> Packs:
     """The packs to evaluate on, as many for each process."""
     assert plan.prepared.held_out is not None
     packs = pack_epoch(plan.prepared.held_out, plan.recipe.packing)
-    return Schedule(packs, [len(packs)], len(packs)).laid_out(plan.ranks.size)
+    return Schedule(packs, [len(packs)], len(packs)).laid_out(plan.ranks.at_once, plan.ranks.sequence)
 
 
 def _fill(
@@ -400,7 +408,7 @@ def _trainer(
     return kind(
         model=model,
         args=training_arguments,
-        data_collator=partial(collate_packs, vision=vision),
+        data_collator=partial(collate_packs, vision=vision, stretch=plan.ranks.stretch, sequence=plan.ranks.sequence),
         train_dataset=shown[0],
         eval_dataset=shown[1],
         processing_class=AutoTokenizer.from_pretrained(plan.checkpoint.folder),

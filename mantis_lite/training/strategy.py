@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,6 +54,12 @@ def require_strategy(recipe: Recipe) -> None:
             f"launch.strategy: {strategy} needs DeepSpeed, which is not installed\n"
             "  pip install 'mantis-lite[deepspeed]', or set launch.strategy=ddp."
         )
+    gpus, sequence = recipe.launch.gpus or 1, recipe.launch.sequence
+    if gpus % sequence:
+        raise RecipeError(
+            f"launch.sequence: {sequence} GPUs are to share each row, and there are {gpus}\n"
+            "  Set it to a number that divides them."
+        )
     if strategy == "fsdp2" and (recipe.train.get("use_cpu") or not torch.cuda.is_available()):
         raise RecipeError(
             "launch.strategy: fsdp2 would be plain DDP without a GPU, as accelerate has it\n"
@@ -67,7 +74,7 @@ def join_processes(recipe: Recipe) -> Ranks:
         import deepspeed
 
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return ranks
+    return replace(ranks, sequence=recipe.launch.sequence)
 
 
 def process_arguments(ranks: Ranks) -> dict[str, Any]:

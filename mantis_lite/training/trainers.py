@@ -298,6 +298,14 @@ class ChatTrainer(Lasting, SFTTrainer):
         tile_loss()
         super().__init__(**settings)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL's; where processes share a pack that is evaluated, the mean of their losses is the whole pack's."""
+        if self.ranks.sequence > 1 and num_items_in_batch is None:
+            num_items_in_batch = inputs["labels"].ne(IGNORE).sum() * self.ranks.at_once
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _send_telemetry(self) -> None:
         pass
 
@@ -378,7 +386,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = A
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "save_total_limit": None,  # Lasting removes checkpoints
-        "gradient_accumulation_steps": packs.accumulation(ranks.size),
+        "gradient_accumulation_steps": packs.accumulation(ranks.at_once),
         "max_steps": packs.steps,
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",  # the plan has shuffled the packs
