@@ -135,7 +135,6 @@ def _candidates(work: Work, recipe: Recipe) -> Iterator[str]:
 
 def shared_out(recipe: Recipe) -> Iterator[str]:
     """Overrides that part among GPUs, or put on the host, what one GPU holds by itself."""
-    gpus = recipe.launch.gpus or 1
     if recipe.launch.size == 1 and recipe.method != "full":
         return
     if recipe.strategy not in PARTED:
@@ -143,7 +142,7 @@ def shared_out(recipe: Recipe) -> Iterator[str]:
     if recipe.strategy != "zero3_offload":
         yield "launch.strategy=zero3_offload"
     if recipe.sharded:
-        yield f"launch.gpus={2 * gpus}"
+        yield f"launch.gpus={2 * (recipe.launch.gpus or 1)}"
 
 
 def exact(recipe: Recipe) -> Iterator[str]:

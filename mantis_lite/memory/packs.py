@@ -187,15 +187,13 @@ def assumed(recipe: Recipe, vision: Vision) -> tuple[Pack, str]:
     if recipe.packing.max_patches:
         count = min(count, recipe.packing.max_patches // vision.patches(size))
     step = _packs_a_step(recipe)
-    words = f"{tokens:,} tokens with {count:,} pictures of {size[0]} x {size[1]} px in it, {step} packs a step{_each(recipe)}"
+    each_gpu = f" on each of {recipe.launch.size} GPUs" if recipe.launch.size > 1 else ""
+    shown = f"{count:,} pictures of {size[0]} x {size[1]} px"
+    words = f"{tokens:,} tokens with {shown} in it, {step} packs a step{each_gpu}"
     waiting = (step - 1) * min(1.0, SAMPLES * PICTURES / max(1, count))
     views = tuple(grids_of(vision, size)) * count
     pack = Pack(tokens, tokens, max(1, tokens - count * each), views, waiting, count * vision.placeholders(size))
     return pack, f"assumed: a full pack of {words}"
-
-
-def _each(recipe: Recipe) -> str:
-    return f" on each of {recipe.launch.size} GPUs" if recipe.launch.size > 1 else ""
 
 
 def _packs_a_step(recipe: Recipe) -> int:
