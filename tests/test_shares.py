@@ -286,7 +286,7 @@ def test_a_gpu_has_its_part_of_a_steps_packs():
 
 
 def fit_tiny(model, *words, gpu=8.0) -> Fit:
-    return fit("chat", [f"model={model}", "method=full", "packing.max_length=512", *words], gpu)
+    return fit("chat", [f"model={model}", "method=full", "lora=null", "packing.max_length=512", *words], gpu)
 
 
 def test_how_many_gpus_were_taken_is_said(llava_folder, monkeypatch):
@@ -322,10 +322,10 @@ def test_what_may_help_several_gpus_is_tried():
     assert launches(name="chat") == []
 
 
-def test_what_is_parted_is_not_put_in_4_bits():
-    words = ["launch.strategy=zero3", "launch.gpus=2", "memory.fit=auto"]
-    with pytest.raises(RecipeError, match=r"memory\.fit: nothing fits a card of 2 GiB") as caught:
-        fit("chat-siglip-llama3-lora", words, 2)
+def test_what_is_parted_is_not_put_in_4_bits(llava_folder):
+    words = [f"model={llava_folder}", "launch.strategy=zero3", "launch.gpus=2", "memory.fit=auto"]
+    with pytest.raises(RecipeError, match=r"memory\.fit: nothing fits a card of 0\.5 GiB") as caught:
+        fit("chat-siglip-llama3-lora", words, 0.5)
     assert "qlora" not in str(caught.value)
 
 

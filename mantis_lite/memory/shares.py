@@ -113,8 +113,10 @@ def _buckets(model: nn.Module, machine: Machine, family: Family | None) -> int:
 
 def _seeing(model: nn.Module, family: Family | None) -> list[tuple[str, nn.Parameter]]:
     """The parameters that pictures go through, by name."""
-    named = model.named_parameters() if family else ()
-    return [(name, parameter) for name, parameter in named if part_of(name, family) in ("vision_tower", "projector")]
+    if family is None:
+        return []
+    sees = ("vision_tower", "projector")
+    return [(name, parameter) for name, parameter in model.named_parameters() if part_of(name, family) in sees]
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
