@@ -340,7 +340,7 @@ def test_a_shortage_says_which_share_it_is_of():
     said = str(shortage("in step 1", work_of(settings), settings, torch.OutOfMemoryError("none left")))
     total = taken(work_of(settings), settings)[0].estimate.total / 2**30
     assert f"is estimated at {total:.2f} GiB of each of 2 GPUs, by launch.strategy=zero3; most of it" in said
-    assert "launch.strategy=zero3_offload" in said
+    assert "launch.strategy=zero3_offload" in said and "launch.gpus=4" in said
 
 
 @pytest.mark.slow

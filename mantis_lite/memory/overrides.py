@@ -91,7 +91,7 @@ def changed(recipe: Recipe, words: str) -> Recipe:
     return make_recipe(recipe.model_dump(mode="json"), words.split(" "))
 
 
-def best(work: Work, recipe: Recipe, known: list[Taken], count: int = 3) -> list[Override]:
+def best(work: Work, recipe: Recipe, known: list[Taken], count: int = 4) -> list[Override]:
     """The overrides that save most, each by itself, the best first; `known` is what is taken without them."""
     found = []
     for words in _candidates(work, recipe):

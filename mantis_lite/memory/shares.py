@@ -51,7 +51,8 @@ def standing(model: nn.Module, machine: Machine, family: Family | None) -> Count
     found["optimizer"] = 2 * FLOAT32 * own
     if machine.keeps_float32:
         found["optimizer: weights in float32"] = FLOAT32 * own
-    # ZeRO-2 keeps those of the rows before apart from this one's, and adds them up at its end.
+    # ZeRO-2 keeps those of the rows before apart from this one's, and adds them up at its end. That a weight at the
+    # border of two shares has its gradient whole with both is left out.
     times = 2 if machine.strategy == "zero2" and machine.accumulates else 1
     found["gradients"] = times * machine.trained.itemsize * own
     return found
