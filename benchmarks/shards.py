@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mantis_lite.data.schedule import pack_epoch
 from mantis_lite.data.prepare import prepare
+from mantis_lite.data.schedule import pack_epoch
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.recipe import load_recipe
 from mantis_lite.sharding import shard

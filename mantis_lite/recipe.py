@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -196,6 +197,11 @@ class LaunchRecipe(Section):
     nodes: Positive = 1
     sequence: Positive = 1
 
+    @property
+    def size(self) -> int:
+        """How many GPUs are asked for in all, one where that is left open."""
+        return (self.gpus or 1) * self.nodes
+
 
 class Recipe(Section):
     """Every setting of a run; one home each.
@@ -239,7 +245,7 @@ class Recipe(Section):
         """How several GPUs train: what is written out, else by what there is to share among those asked for."""
         if self.launch.strategy is not None:
             return self.launch.strategy
-        if (self.launch.gpus or 1) * self.launch.nodes == 1:
+        if self.launch.size == 1:
             return "single"
         return "zero3" if self.part("language_model") == "full" else "ddp"
 
@@ -309,6 +315,11 @@ def recipes_dir() -> Path:
     """The folder of recipes: inside the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def deepspeed_config(strategy: Strategy) -> dict[str, Any]:
+    """The DeepSpeed configuration of a strategy, "auto" where TrainingArguments say."""
+    return json.loads((recipes_dir() / "deepspeed" / f"{strategy}.json").read_text())
 
 
 def find_recipe(name: str) -> Path:

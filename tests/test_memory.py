@@ -104,7 +104,7 @@ def test_a_step_takes_what_was_estimated(case, made):
     "name, overrides",
     [
         ("chat", ["trainable.vision_tower=adapter", "memory.checkpointing=off"]),
-        ("chat-idefics2-full", ["trainable.vision_tower=full"]),
+        ("chat-idefics2-full", ["trainable.vision_tower=full", "launch.strategy=single"]),
         pytest.param("chat-fuyu-qlora", ["memory.mlp_tile=512"], marks=pytest.mark.slow),
         pytest.param(
             "chat-smolvlm-lora", ["lora.dora=true", "memory.offload_activations=true"], marks=pytest.mark.slow

@@ -30,9 +30,9 @@ from typer.testing import CliRunner
 from benchmarks.forks import Forks
 from mantis_lite.cli import app
 from mantis_lite.data import place as places
-from mantis_lite.data.schedule import pack_epoch, schedule
 from mantis_lite.data.place import Place
 from mantis_lite.data.prepare import prepare
+from mantis_lite.data.schedule import pack_epoch, schedule
 from mantis_lite.data.shard_cache import File, ShardCache
 from mantis_lite.data.windows import count_windows, fetched_sets, window_of
 from mantis_lite.errors import DataError, RecipeError, SampleError

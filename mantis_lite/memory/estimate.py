@@ -21,6 +21,7 @@ from ..models.load import in_float32
 from ..recipe import Recipe
 from .ledger import BLOCK
 from .rehearsal import rehearse
+from .shares import gathered, held, on_host, standing, stepping
 from .standins import Packed
 from .standins import pack as in_4_bits
 from .step import Machine, Pack
@@ -42,10 +43,12 @@ allocator held 0.1 to 0.6 GiB beyond tensors whatever came and went, and more wi
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of a step, by term; `allocated` are the tensors', `total` those of the card."""
+    """Bytes of a GPU at the peak of a step, by term; `allocated` are the tensors', `total` those of the card."""
 
     terms: dict[str, int]
     gpu: bool
+    host: int = 0
+    """Bytes of the host's memory that hold, for this GPU, what was put off it."""
 
     @property
     def allocated(self) -> int:
@@ -68,7 +71,7 @@ class Estimate:
 def estimate(
     config: PreTrainedConfig, recipe: Recipe, pack: Pack, machine: Machine, family: Family | None = None
 ) -> Estimate:
-    """The peak of a training step. A `config` without pictures, of a plain decoder, comes without a `family`.
+    """The peak of a training step, on one of its GPUs. A plain decoder's `config` comes without a `family`.
 
     A stack's layers are alike, so weights, and all that is alive in a phase of the step, grow by as much with each:
     shallow models tell of a deep one.
@@ -83,7 +86,14 @@ def estimate(
             more = with_one_more[phase]
             for term in more | less:
                 peaks[phase][term] += (more[term] - less[term]) * (depth - SHALLOW)
-    return Estimate(dict(most(peaks)), machine.gpu)
+    if not machine.sharded:
+        return Estimate(dict(most(peaks)), machine.gpu)
+    whole = build(config, recipe, machine, family)
+    for terms in peaks.values():
+        terms["whole weights for a while"] = gathered(whole, machine, family)
+    peaks["optimizer"] = stood(whole, recipe, machine, family)
+    peaks["optimizer"]["gradients, handed to the optimizer"] = stepping(whole, machine)
+    return Estimate(dict(most(peaks)), machine.gpu, on_host(whole, machine))
 
 
 SHALLOW = 2
@@ -126,11 +136,18 @@ def walk(
 ) -> dict[str, Counter[str]]:
     """Bytes by term at the peak of each phase of a step, the model being walked through as deep as `config` says."""
     model = build(config, recipe, machine, family)
-    standing = Counter(dict(weights(model, family, machine)))
-    standing["optimizer"] = sum(optimizer_bytes(recipe.memory.optimizer, model, machine))
+    always = stood(model, recipe, machine, family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {phase: standing + passing for phase, passing in rehearse(model, machine, pack).items()}
+        return {phase: always + passing for phase, passing in rehearse(model, machine, pack).items()}
+
+
+def stood(model: nn.Module, recipe: Recipe, machine: Machine, family: Family | None) -> Counter[str]:
+    """Bytes by term that are there at all times."""
+    found = Counter(dict(weights(model, family, machine))) + standing(model, machine, family)
+    if not machine.sharded:
+        found["optimizer"] = sum(optimizer_bytes(recipe.memory.optimizer, model, machine))
+    return found
 
 
 def most(peaks: dict[str, Counter[str]]) -> Counter[str]:
@@ -196,13 +213,13 @@ def weights(model: nn.Module, family: Family | None, machine: Machine) -> Iterat
             continue  # on the host
         part = (part_of(name, family) if family else "language_model").replace("_", " ")
         if ".lora_" in name or ".modules_to_save." in name or "trainable_tokens" in name:
-            sizes["weights: adapters"] += _round(parameter.numel() * machine.trained.itemsize, block)
+            sizes["weights: adapters"] += _round(held(parameter.numel(), machine) * machine.trained.itemsize, block)
         elif id(parameter) in owners:
             sizes[f"weights: {part}, 4 bits"] += nf4_bytes(parameter.numel(), block)
         else:
             width = (machine.trained if parameter.requires_grad else parameter.dtype).itemsize
             kind = "float32" if width == 4 else "16 bits"
-            sizes[f"weights: {part}, {kind}"] += _round(parameter.numel() * width, block)
+            sizes[f"weights: {part}, {kind}"] += _round(held(parameter.numel(), machine) * width, block)
     yield from sizes.items()
 
 
@@ -217,7 +234,7 @@ def nf4_bytes(count: int, block: int = 1) -> int:
 
 
 def optimizer_bytes(name: str, model: nn.Module, machine: Machine) -> Iterator[int]:
-    """Bytes on the card of each trained parameter's state.
+    """Bytes on the card of each trained parameter's state, where a GPU holds all of it.
 
     AdamW has two float32. bitsandbytes' in 8 bits has two bytes and two float32 a block of 256, but two float32 where
     there are fewer than 4,096 numbers, and for embeddings (transformers' Trainer). Paged states lie on the host.

@@ -14,7 +14,7 @@ from ..models.family import Family
 from ..recipe import Recipe, make_recipe
 from .estimate import Estimate, estimate
 from .packs import Rows
-from .step import Machine, Pack, machine_of
+from .step import PARTED, Machine, Pack, machine_of
 
 TILE = 2048
 """Tokens that an MLP sees at a time where that is to save memory."""
@@ -25,6 +25,9 @@ LOWER = {"1080p": "720p", "720p": "480p"}
 SMALL = 224
 """Pixels of a side that pictures are not made smaller than."""
 
+
+GPUS = 8
+"""GPUs of a run over several, where it is not said how many: upstream's."""
 
 OF_THE_MODEL: Any = {
     **dict.fromkeys(("task", "method", "trainable", "lora", "head"), True),
@@ -88,7 +91,7 @@ def changed(recipe: Recipe, words: str) -> Recipe:
     return make_recipe(recipe.model_dump(mode="json"), words.split(" "))
 
 
-def best(work: Work, recipe: Recipe, known: list[Taken], count: int = 3) -> list[Override]:
+def best(work: Work, recipe: Recipe, known: list[Taken], count: int = 4) -> list[Override]:
     """The overrides that save most, each by itself, the best first; `known` is what is taken without them."""
     found = []
     for words in _candidates(work, recipe):
@@ -113,10 +116,12 @@ def _taken(work: Work, recipe: Recipe, pack: Pack, accumulates: bool) -> Taken:
 def _candidates(work: Work, recipe: Recipe) -> Iterator[str]:
     """Overrides that may help this recipe."""
     if recipe.method == "full":
+        whole = " launch.strategy=ddp" if recipe.strategy in PARTED else ""  # what is in 4 bits is not parted
         yield "method=lora trainable=null"
         yield "memory.optimizer=adamw_bnb_8bit"
         yield "memory.optimizer=paged_adamw_8bit"
-        yield "method=qlora trainable=null"
+        yield f"method=qlora trainable=null{whole}"
+    yield from shared_out(recipe)
     yield from exact(recipe)
     yield from in_4_bits(work, recipe)
     yield from offloaded(recipe)
@@ -128,6 +133,18 @@ def _candidates(work: Work, recipe: Recipe) -> Iterator[str]:
     yield from _smaller_pictures(work, recipe)
 
 
+def shared_out(recipe: Recipe) -> Iterator[str]:
+    """Overrides that part among GPUs, or put on the host, what one GPU holds by itself."""
+    if recipe.launch.size == 1 and recipe.method != "full":
+        return
+    if recipe.strategy not in PARTED:
+        yield "launch.strategy=zero3" + (f" launch.gpus={GPUS}" if recipe.launch.size == 1 else "")
+    if recipe.strategy != "zero3_offload":
+        yield "launch.strategy=zero3_offload"
+    if recipe.sharded:
+        yield f"launch.gpus={2 * (recipe.launch.gpus or 1)}"
+
+
 def exact(recipe: Recipe) -> Iterator[str]:
     """Overrides that compute the same numbers, some of them twice."""
     if recipe.memory.checkpointing not in ("auto", "full"):
@@ -137,7 +154,9 @@ def exact(recipe: Recipe) -> Iterator[str]:
 
 
 def in_4_bits(work: Work, recipe: Recipe) -> Iterator[str]:
-    """Overrides that hold frozen weights in 4 bits: the language model's, then every part's."""
+    """Overrides that hold frozen weights in 4 bits: the language model's, then every part's. Those are not parted."""
+    if recipe.strategy in PARTED:
+        return
     if recipe.method == "lora" and recipe.lora.init != "pissa":
         yield "method=qlora" if recipe.memory.quantize is None else "method=qlora memory.quantize=null"
     elif recipe.method == "qlora":

@@ -68,7 +68,7 @@ class Planned:
         return max((max(size) for pack in packs for size in sizes(pack, self.samples, self.encoder)), default=0)
 
     def packs(self, recipe: Recipe) -> tuple[list[Pack], bool]:
-        """The packs that may be the largest under a recipe, and whether a step has several.
+        """The packs that may be the largest under a recipe, and whether a GPU has several of a step.
 
         Raises SampleError where a picture of theirs cannot be had under it.
         """
@@ -77,7 +77,8 @@ class Planned:
             encoder = self.checkpoint.encoder(recipe)
             samples = self._measured_again(encoder, recipe)
             plan = replace(plan, packs=pack_epoch(samples, recipe.packing, touch=plan.touch))
-        return list(largest_packs(plan, samples, encoder).values()), plan.per_step > 1
+        gpus = recipe.launch.size
+        return list(largest_packs(plan, samples, encoder, gpus).values()), plan.accumulation(gpus) > 1
 
     def _plan(self, recipe: Recipe) -> Schedule:
         """The packs under a recipe, as long as lengths are the same."""
@@ -123,7 +124,7 @@ class Assumed:
     side = max(ASSUMED)
 
     def packs(self, recipe: Recipe) -> tuple[list[Pack], bool]:
-        """The assumed pack under a recipe, and whether a step has several."""
+        """The assumed pack under a recipe, and whether a GPU has several of a step."""
         pack, _ = assumed(recipe, self.vision(recipe))
         return [pack], pack.waiting > 0
 
@@ -140,13 +141,13 @@ Rows = Planned | Assumed
 """What is known of the rows that a recipe trains on."""
 
 
-def largest_packs(plan: Schedule, samples: Samples, encoder: Encoder) -> dict[int, Pack]:
+def largest_packs(plan: Schedule, samples: Samples, encoder: Encoder, gpus: int = 1) -> dict[int, Pack]:
     """The packs that may be the largest, by their place in the plan: of most tokens, patches, pictures of one shape.
 
     Shapes are looked up in the NEAR packs of most patches: each is a header to be read.
     """
     totals = _totals(plan, samples)
-    usual, beside = float(totals[:, 1].mean()), min(plan.per_step, len(plan.packs)) - 1
+    usual, beside = float(totals[:, 1].mean()), min(plan.accumulation(gpus), len(plan.packs)) - 1
     found = {}
     for at in _candidates(plan, samples):
         pack = pack_of(plan.packs[at], samples, encoder)
@@ -187,7 +188,9 @@ def assumed(recipe: Recipe, vision: Vision) -> tuple[Pack, str]:
     if recipe.packing.max_patches:
         count = min(count, recipe.packing.max_patches // vision.patches(size))
     step = _packs_a_step(recipe)
-    words = f"{tokens:,} tokens with {count:,} pictures of {size[0]} x {size[1]} px in it, {step} packs a step"
+    each_gpu = f" on each of {recipe.launch.size} GPUs" if recipe.launch.size > 1 else ""
+    shown = f"{count:,} pictures of {size[0]} x {size[1]} px"
+    words = f"{tokens:,} tokens with {shown} in it, {step} packs a step{each_gpu}"
     waiting = (step - 1) * min(1.0, SAMPLES * PICTURES / max(1, count))
     views = tuple(grids_of(vision, size)) * count
     pack = Pack(tokens, tokens, max(1, tokens - count * each), views, waiting, count * vision.placeholders(size))
@@ -195,11 +198,12 @@ def assumed(recipe: Recipe, vision: Vision) -> tuple[Pack, str]:
 
 
 def _packs_a_step(recipe: Recipe) -> int:
-    train = recipe.train
+    """Packs of a step that each GPU takes."""
+    train, gpus = recipe.train, recipe.launch.size
     if "samples_per_step" in train:
-        return max(1, train["samples_per_step"] // SAMPLES)
+        return max(1, train["samples_per_step"] // SAMPLES // gpus)
     if "tokens_per_step" in train:
-        return max(1, train["tokens_per_step"] // recipe.packing.max_length)
+        return max(1, train["tokens_per_step"] // recipe.packing.max_length // gpus)
     return train.get("gradient_accumulation_steps", 1)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -27,7 +26,7 @@ from ..models.kernels import bind_layers, turn_by
 from ..recipe import Kernel
 from . import standins
 from .ledger import BLOCK, Ledger
-from .seeing import see, trained
+from .seeing import base_of, see, trained
 from .shapes import Shapes
 from .step import Machine, Pack
 
@@ -40,17 +39,17 @@ def rehearse(model: nn.Module, machine: Machine, pack: Pack) -> dict[str, Counte
 
     `model` is on the meta device, as it trains; it is used up.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     _prepare(base, machine)
     ledger = Ledger(BLOCK if machine.gpu else 1)
     with _as_on(machine):
         with Shapes():
             _fill(model, machine)
         model.train()
-        _watch_gradients(model, ledger)
+        _watch_gradients(model, machine, ledger)
         ledger.leave_out([*model.parameters(), *model.buffers()])
         with ledger:
-            if machine.accumulates:
+            if machine.accumulates and not machine.sharded:
                 with ledger.under("gradients"):
                     for parameter in trained(model):
                         parameter.grad = torch.empty_like(parameter)
@@ -108,6 +107,8 @@ def _fill(model: nn.Module, machine: Machine) -> None:
             if parameter is not None:
                 if parameter not in made:
                     dtype = machine.trained if parameter.requires_grad else parameter.dtype
+                    if machine.strategy == "fsdp2":  # which gathers them in what is computed in
+                        dtype = machine.dtype
                     empty = torch.empty(parameter.shape, dtype=dtype)
                     made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = made[parameter]
@@ -116,10 +117,16 @@ def _fill(model: nn.Module, machine: Machine) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _watch_gradients(model: nn.Module, ledger: Ledger) -> None:
+def _watch_gradients(model: nn.Module, machine: Machine, ledger: Ledger) -> None:
+    """Gradients stay; where each GPU has a share of them, one goes to the others while the next is computed."""
+    on_its_way: list[Tensor] = []
+
     def settle(parameter: Tensor) -> None:
         assert parameter.grad is not None
         ledger.move(parameter.grad, "gradients")
+        if machine.sharded:
+            on_its_way[:] = [parameter.grad]
+            parameter.grad = None
 
     for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(settle)

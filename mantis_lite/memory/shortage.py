@@ -30,7 +30,7 @@ def shortage(when: str, work: Work, recipe: Recipe, error: Exception) -> OutOfMe
     lines = [
         found,
         f"The largest pack, of {pack.tokens:,} tokens and {pack.patches:,} patches ({work.rows.where(pack)}), is "
-        f"estimated at {estimate.total / GIB:.2f} GiB{whole}; most of it, {size / GIB:.2f} GiB, is: {term}.",
+        f"estimated at {estimate.total / GIB:.2f} GiB{of(recipe)}{whole}; most of it, {size / GIB:.2f} GiB, is: {term}.",
         add if helping else "No override would save more: take a larger card.",
         *(f"  {saving(other, estimate.total)}" for other in helping),
     ]
@@ -44,6 +44,13 @@ def telling(when: str, work: Work, recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise shortage(when, work, recipe, error) from None
+
+
+def of(recipe: Recipe) -> str:
+    """Which of several GPUs an estimate is of, in words."""
+    if recipe.strategy == "single":
+        return ""
+    return f" of each of {recipe.launch.size} GPUs, by launch.strategy={recipe.strategy}"
 
 
 def saving(other: Override, before: int) -> str:

@@ -12,7 +12,10 @@ import torch
 from ..models.activations import checkpointed_layers
 from ..models.kernels import KERNELS
 from ..models.tower import TOWER_PATCHES
-from ..recipe import Kernel, MemoryRecipe, Part, Recipe
+from ..recipe import Kernel, MemoryRecipe, Part, Recipe, Strategy
+
+PARTED = ("zero3", "zero3_offload", "fsdp2")
+"""The strategies by which several GPUs have a part of the weights each."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Machine:
     sdpa or eager; `kernels` are the layers that one kernel computes; `head` is fused (TRL's), full (all logits at once,
     in float32), "full, 16 bits" or none. `offload` sends what layers keep to the host; `accumulates` is whether
     gradients of a row before are there already. What trains is held in `trained`. `cached` are the parts that pictures
-    have been through before the step, and which are not on the card.
+    have been through before the step, and which are not on the card. It is one of so many `gpus`, which train by
+    `strategy`.
     """
 
     gpu: bool = True
@@ -68,14 +72,37 @@ class Machine:
     accumulates: bool = True
     trained: torch.dtype = torch.float32
     cached: frozenset[Part] = frozenset()
+    strategy: Strategy = "single"
+    gpus: int = 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the GPU holds a share of gradients and of the optimizer's state, and no more."""
+        return self.strategy not in ("single", "ddp")
+
+    @property
+    def parts_weights(self) -> bool:
+        """Whether it holds a share of the weights, too."""
+        return self.strategy in PARTED
+
+    @property
+    def offloads_weights(self) -> bool:
+        """Whether the host holds that, and the optimizer's state."""
+        return self.strategy == "zero3_offload"
+
+    @property
+    def keeps_float32(self) -> bool:
+        """Whether what trains is in float32 beside what it computes with; ZeRO-3 takes that, where it is the same."""
+        return self.strategy == "zero2" or (self.strategy == "zero3" and self.trained != torch.float32)
 
 
 def machine_of(recipe: Recipe, accumulates: bool, gpu: bool = True) -> Machine:
     """The machine that a recipe would run on: a GPU, or this CPU in float32."""
     memory = recipe.memory
+    dtype = torch.bfloat16 if gpu else torch.float32
     return Machine(
         gpu=gpu,
-        dtype=torch.bfloat16 if gpu else torch.float32,
+        dtype=dtype,
         checkpointed=checkpointed_layers(memory, gpu),
         mlp_tile=memory.mlp_tile,
         attention=memory.attention if memory.attention in ("sdpa", "eager") else "segment",
@@ -83,7 +110,10 @@ def machine_of(recipe: Recipe, accumulates: bool, gpu: bool = True) -> Machine:
         head="none" if recipe.task == "classify" else "fused",
         offload=memory.offload_activations and gpu,
         accumulates=accumulates,
+        trained=dtype if recipe.strategy.startswith("zero") else torch.float32,
         cached=_cached(recipe),
+        strategy=recipe.strategy,
+        gpus=recipe.launch.size,
     )
 
 

@@ -37,18 +37,18 @@ def working_dtype() -> torch.dtype:
 
 
 def weights_dtype(recipe: Recipe) -> torch.dtype:
-    """What weights are held in that are not in 4 bits: full fine-tuning's in float32, others' as they compute.
-
-    DeepSpeed keeps float32 of what trains beside.
-    """
-    return torch.float32 if in_float32(recipe) and not recipe.strategy.startswith("zero") else working_dtype()
+    """What weights are held in that are not in 4 bits: full fine-tuning's in float32, others' as they compute."""
+    return torch.float32 if in_float32(recipe) else working_dtype()
 
 
 def in_float32(recipe: Recipe) -> bool:
-    """Whether all weights are, as in full fine-tuning; where a projector alone learns, it is once it is loaded."""
+    """Whether all weights are, as in full fine-tuning; where a projector alone learns, it is once it is loaded.
+
+    DeepSpeed keeps float32 of what trains beside.
+    """
     parts = recipe.parts
     alone = parts["projector"] == "full" and parts["language_model"] == parts["vision_tower"] == "frozen"
-    return recipe.method == "full" and not alone
+    return recipe.method == "full" and not alone and not recipe.strategy.startswith("zero")
 
 
 def loader_workers() -> int:

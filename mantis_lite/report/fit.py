@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -15,8 +16,8 @@ from ..errors import RecipeError
 from ..memory.bases import find_base
 from ..memory.card import card_at_hand, card_of
 from ..memory.choose import Choice, choose
-from ..memory.estimate import Estimate
-from ..memory.overrides import Override, Work, best, taken
+from ..memory.estimate import GIB, Estimate
+from ..memory.overrides import GPUS, Override, Work, best, taken
 from ..memory.packs import Assumed, Planned
 from ..memory.step import Pack
 from ..models.assemble import open_model
@@ -57,7 +58,7 @@ def read(name: str, overrides: Sequence[str]) -> Recipe:
 
 def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> Fit:
     """Estimate a recipe's largest pack, for one card or all of CARDS. Raises RecipeError, and errors of the data."""
-    recipe = read(name, overrides)
+    recipe, assumed = with_gpus(read(name, overrides), gpu)
     if recipe.launch.sequence > 1:
         raise RecipeError("launch.sequence: estimates are of a GPU that holds whole rows\n  Leave it out to have that.")
     at_hand = card_of(gpu) if gpu else card_at_hand()
@@ -73,7 +74,29 @@ def fit(name: str, overrides: Sequence[str] = (), gpu: float | None = None) -> F
     found = known[0].estimate
     cards = {card.gib: found.total <= card.usable for card in ([at_hand] if at_hand else map(card_of, CARDS))}
     others = best(work, recipe, known)
-    return Fit(recipe, found, known[0].pack, work.rows.words(recipe), cards, others, choice)
+    words = "\n".join([work.rows.words(recipe), *_of_several(recipe, found, assumed)])
+    return Fit(recipe, found, known[0].pack, words, cards, others, choice)
+
+
+def with_gpus(recipe: Recipe, gpu: float | None) -> tuple[Recipe, bool]:
+    """The recipe with the number of its GPUs, and whether that was assumed: those here, else as many as upstream's."""
+    if recipe.launch.gpus is not None or recipe.strategy == "single":
+        return recipe, False
+    here = torch.cuda.device_count() if gpu is None else 0
+    launch = recipe.launch.model_copy(update={"gpus": here or GPUS})
+    return recipe.model_copy(update={"launch": launch}), True
+
+
+def _of_several(recipe: Recipe, found: Estimate, assumed: bool) -> Iterator[str]:
+    """What is to be said of an estimate of one of several GPUs."""
+    if recipe.strategy == "single":
+        return
+    why = ", a number that launch.gpus=N changes" if assumed else ""
+    yield f"one of {recipe.launch.size} GPUs, by launch.strategy={recipe.strategy}{why}; reckoned, and not measured"
+    if found.host:
+        gpus = recipe.launch.gpus or 1
+        each, all_of_them = found.host / GIB, gpus * found.host / GIB
+        yield f"on the host, beside: {each:.1f} GiB for each GPU, {all_of_them:.1f} GiB on a machine of {gpus}"
 
 
 def work_of(recipe: Recipe) -> Work:
@@ -98,7 +121,7 @@ def _planned(recipe: Recipe, checkpoint: Checkpoint) -> Planned:
     encoder = checkpoint.encoder(recipe)
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    plan = schedule(prepared.train, recipe.packing, recipe.train)
+    plan = schedule(prepared.train, recipe.packing, recipe.train, recipe.launch.size)
     return Planned(recipe, checkpoint, encoder, prepared.train, plan, prepared.held_out)
 
 

@@ -146,11 +146,11 @@ def make_plan(
         projects(checkpoint.family, checkpoint.config.model_type, trained_parts(recipe))
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or _schedule(recipe, checkpoint, encoder, prepared)
+    packs = only or _schedule(recipe, checkpoint, encoder, prepared, ranks)
     settled = settle(_work(recipe, checkpoint, encoder, prepared, packs), recipe, gpu)
     if settled is not None:
         recipe = settled.recipe
-        packs = only or _schedule(recipe, checkpoint, encoder, prepared)
+        packs = only or _schedule(recipe, checkpoint, encoder, prepared, ranks)
     resumed = compare_data(resumed, recipe, prepared, packs, accept_changes)
     return Plan(asked, recipe, checkpoint, encoder, prepared, packs, resumed, settled, lock, ranks)
 
@@ -163,7 +163,7 @@ def follow_plan(told: Told, lock: Lock, ranks: Ranks, import_upstream: bool, onl
     head = stated_head(checkpoint, recipe)
     folder = recipe.run_dir / PREPARED
     prepared = open_prepared(folder, recipe.data, recipe.packing, encoder, task=recipe.task, head=head)
-    packs = only or _schedule(recipe, checkpoint, encoder, prepared)
+    packs = only or _schedule(recipe, checkpoint, encoder, prepared, ranks)
     return Plan(recipe, recipe, checkpoint, encoder, prepared, packs, resumed, None, lock, ranks)
 
 
@@ -180,13 +180,13 @@ def _open_model(recipe: Recipe, import_upstream: bool) -> Checkpoint:
     return checkpoint
 
 
-def _schedule(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> Schedule:
+def _schedule(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared, ranks: Ranks) -> Schedule:
     """The packs of a run; where several GPUs train what sees, each pack has a picture. Raises FitError."""
     parts = {recipe.part("projector"), recipe.part("vision_tower")}
     touch = cost = None
     if recipe.packing.balance != 1:
         cost = cost_of(checkpoint.config, checkpoint.family, recipe)
-    several = recipe.packing.balance != 1 or recipe.launch.sequence > 1
+    several = recipe.packing.balance != 1 or ranks.size > 1
     if several and (parts != {"frozen"} or recipe.model.adapter):
         touch = encoder.blank_length().tokens
         _make_room(prepared, recipe, touch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from torch import nn
 
 from ..conflicts import conflicts
 from ..errors import RecipeError
-from ..recipe import Recipe, recipes_dir
+from ..recipe import Recipe, deepspeed_config
 from .ranks import Ranks, is_launched, join, world
 
 
@@ -24,7 +23,7 @@ def settled_launch(recipe: Recipe) -> Recipe:
     Where another launcher has started the processes, they are what counts.
     """
     _, size, _ = world()
-    asked = (recipe.launch.gpus or 1) * recipe.launch.nodes
+    asked = recipe.launch.size
     if not is_launched() and (asked > 1 or recipe.sharded):
         what = f"launch.gpus: {asked} GPUs are asked for" if asked > 1 else f"launch.strategy: {recipe.strategy}"
         raise RecipeError(
@@ -126,8 +125,3 @@ def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:
             module._forward_hooks.clear()
             for parameter in module.parameters(recurse=False):
                 zero.register_external_parameter(around, parameter)
-
-
-def deepspeed_config(strategy: str) -> dict[str, Any]:
-    """The DeepSpeed configuration of a strategy, "auto" where TrainingArguments say."""
-    return json.loads((recipes_dir() / "deepspeed" / f"{strategy}.json").read_text())
