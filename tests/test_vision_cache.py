@@ -512,7 +512,7 @@ def test_models_without_features_apart_are_refused_before_they_load(
 @pytest.mark.parametrize(("found", "old"), [("5.22.1", True), ("5.9.0", True), ("5.23.0rc1", False), ("5.30.0", False)])
 def test_an_older_transformers_is_refused_before_anything_is_loaded(settings, monkeypatch, found, old):
     monkeypatch.setattr("mantis_lite.models.vision_cache.version", lambda name: found)
-    monkeypatch.setattr("mantis_lite.training.plan.open_checkpoint", None)
+    monkeypatch.setattr("mantis_lite.training.plan.open_model", None)
     message = rf"memory.vision_cache: needs transformers 5.23 or newer, and this is {found}\n  Install it: pip install"
     with pytest.raises(RecipeError if old else TypeError, match=message if old else "NoneType"):
         start(make_recipe(settings))

@@ -30,7 +30,8 @@ def shortage(when: str, work: Work, recipe: Recipe, error: Exception) -> OutOfMe
     lines = [
         found,
         f"The largest pack, of {pack.tokens:,} tokens and {pack.patches:,} patches ({work.rows.where(pack)}), is "
-        f"estimated at {estimate.total / GIB:.2f} GiB{of(recipe)}{whole}; most of it, {size / GIB:.2f} GiB, is: {term}.",
+        f"estimated at {estimate.total / GIB:.2f} GiB{of(recipe)}{whole}; "
+        f"most of it, {size / GIB:.2f} GiB, is: {term}.",
         add if helping else "No override would save more: take a larger card.",
         *(f"  {saving(other, estimate.total)}" for other in helping),
     ]
