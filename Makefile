@@ -17,8 +17,9 @@ test: .venv/installed
 
 # What only some users want, and their tests: many GPUs by DeepSpeed, which is built here, and Ray.
 .venv/scale: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel 'ray[data]'
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--no-build-isolation setuptools wheel deepspeed 'ray[data]'
+		--no-build-isolation deepspeed
 	touch $@
 
 test-slow: .venv/scale

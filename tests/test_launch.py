@@ -59,6 +59,12 @@ def test_fsdp2_is_refused_where_it_would_be_plain_ddp():
         require_strategy(launched(strategy="fsdp2"))
 
 
+def test_zero_is_refused_where_deepspeed_is_not_installed(monkeypatch):
+    monkeypatch.setattr("mantis_lite.training.strategy.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"launch\.strategy: zero3 needs DeepSpeed, which is not installed"):
+        require_strategy(launched(strategy="zero3"))
+
+
 def test_a_process_that_no_launcher_started_is_not_several():
     for settings, said in [
         ({"gpus": 2}, "launch.gpus: 2 GPUs are asked for, and this process was started by no launcher"),

@@ -53,8 +53,8 @@ def require_strategy(recipe: Recipe) -> None:
             f"launch.strategy: {strategy} needs DeepSpeed, which is not installed\n"
             "  pip install 'mantis-lite[deepspeed]', or set launch.strategy=ddp."
         )
-    gpus, sequence = recipe.launch.gpus or 1, recipe.launch.sequence
-    if gpus % sequence:
+    gpus, sequence = recipe.launch.size, recipe.launch.sequence
+    if recipe.launch.gpus and gpus % sequence:  # else there will be as many as can be seen
         raise RecipeError(
             f"launch.sequence: {sequence} GPUs are to share each row, and there are {gpus}\n"
             "  Set it to a number that divides them."
