@@ -73,7 +73,7 @@ def in_parts(rank: int, size: int, port: int, first: int, settings: tuple, resul
         begin_moments(model, optimizer, first)
         load_slices(run_dir, slices_of(model, optimizer))
     losses = train(run, ranks, model, optimizer, first)
-    weights = whole_weights(model, optimizer, ranks)
+    weights = whole_weights(model, ranks)
     if ranks.is_first:
         torch.save({"losses": losses, "weights": weights}, results)
     distributed.destroy_process_group()

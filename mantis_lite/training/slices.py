@@ -162,7 +162,7 @@ def steps_taken(states: Any) -> int:
     return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
-def whole_weights(model: nn.Module, optimizer: Any, ranks: Ranks) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     """The weights of a model whose parts lie with several processes, whole, in the first; all must ask for them.
 
     What trains comes in the float32 that it is kept in. Of an adapter's model, these are the weights that train.

@@ -119,6 +119,8 @@ class Lasting(Trainer):
                     return super().evaluate(*args, **kwargs)
                 except RuntimeError as error:
                     deaths.count(error)
+                    if self.ranks.size > 1:  # the others are in the midst of it
+                        raise
                     self._forget_evaluation()
 
     @contextmanager
@@ -250,7 +252,7 @@ class Lasting(Trainer):
         Of what is in parts all processes give theirs, and the first writes it.
         """
         if self.is_sharded:
-            state_dict = whole_weights(self.model, self.optimizer.optimizer, self.ranks)
+            state_dict = whole_weights(self.model, self.ranks)
         if not self.ranks.is_first:
             return
         if isinstance(self.model, PeftModel):
