@@ -187,7 +187,7 @@ def test_check_and_fit_take_no_weights(halves, drawn, tmp_path):
 def test_fit_knows_the_halves_that_recipes_name(kind):
     """Offline, by configs that come with the package; what is frozen takes 2 bytes, and what trains 16."""
     terms = fit(f"pretrain-{kind}-llama3", gpu=24).estimate.terms
-    full = fit(f"chat-{kind}-llama3-full", gpu=24).estimate.terms
+    full = fit(f"chat-{kind}-llama3-full", ["launch.strategy=single"], gpu=24).estimate.terms
     assert terms["weights: language model, 16 bits"] * 2 == full["weights: language model, float32"]
     assert terms["weights: projector, float32"] == full["weights: projector, float32"]
     assert terms["optimizer"] == 2 * terms["weights: projector, float32"]
