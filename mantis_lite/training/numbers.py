@@ -89,7 +89,8 @@ class Numbers(TrainerCallback):
         finite = self.ranks.all(bool(torch.stack([loss.isfinite() for loss in losses]).all()) if losses else True)
         self.overflows = 0 if sound else self.overflows + 1
         if sound and finite:
-            self.without_gradient -= {part for part in self.without_gradient if self._has_gradient(part, optimizer)}
+            parts = sorted(self.without_gradient)  # a set's order is another in each process, which ask each other
+            self.without_gradient -= {part for part in parts if self._has_gradient(part, optimizer)}
             self.moving += any(group["lr"] > 0 for group in optimizer.param_groups)
         elif not (_scales(optimizer) and finite and self.overflows <= OVERFLOWS):
             self._skip(state.global_step + 1, [loss.item() for loss in losses])
