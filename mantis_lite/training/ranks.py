@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -50,15 +49,6 @@ class Ranks:
     def wait(self) -> None:
         """Wait until every process is here."""
         self._together(distributed.barrier)
-
-    @contextmanager
-    def first(self) -> Iterator[bool]:
-        """The block, told whether this is the first process: it is the first to do it, and the others once it has."""
-        if not self.is_first:
-            self.wait()
-        yield self.is_first
-        if self.is_first:
-            self.wait()
 
     def told(self, value: Any = None) -> Any:
         """What the first process tells."""
@@ -135,9 +125,3 @@ def join() -> Ranks:
             os.environ[name] = str(value)  # where SLURM alone had set them, for accelerate
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(rank, size, local, distributed.new_group(timeout=PATIENCE, backend="gloo"))
-
-
-def leave() -> None:
-    """Let go of the other processes."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -110,9 +110,9 @@ class Run(Plan):
         if self.ranks.is_first:
             self.lock.take()
         try:
-            with self.ranks.first() as mine:
-                if mine:
-                    self._require_space()
+            if self.ranks.is_first:
+                self._require_space()
+            self.ranks.wait()
             with Signals(self.trainer.save_now) as signals:
                 self.trainer.add_callback(signals)
                 self.walk()
@@ -294,7 +294,8 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
         broken = Broken(recipe, prepared)
         workers = training_arguments.dataloader_num_workers
         doing = Doing(workers, prepared.train.called), Doing(workers, (prepared.held_out or prepared.train).called)
-        shown = _datasets(plan, cache, broken, doing)
+        held_out = _held_out_packs(plan)
+        shown = _datasets(plan, held_out, cache, broken, doing)
         # With its data sets made: they are hashed then, and the features with them, were they there already.
         kept = _fill(cache, model, training_arguments, plan, broken) if cache else None
         trainer = _trainer(plan, training_arguments, cache.vision if cache else encoder.vision, shown, model)
@@ -308,9 +309,8 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     trainer.ranks = plan.ranks
     trainer.seen_by = [path for part in ("projector", "vision_tower") for path in checkpoint.family.parts.get(part, ())]
     trainer.doing, trainer.doing_held_out = doing
-    if prepared.held_out is not None:
-        sizes = _held_out_packs(plan).sizes
-        trainer.held_out_share = len(sizes) / np.count_nonzero(sizes)
+    if held_out is not None:
+        trainer.held_out_share = len(held_out) / np.count_nonzero(held_out.sizes)
     trainer.keep = recipe.train.get("save_total_limit")
     trainer.accepted = bool(plan.resumed.changed)
     _watch(run, cache)
@@ -360,7 +360,7 @@ def _balanced(prepared: Prepared) -> list[float]:
 
 
 def _datasets(
-    plan: Plan, cache: VisionCache | None, broken: Broken, doing: tuple[Doing, Doing]
+    plan: Plan, held_out_packs: Packs | None, cache: VisionCache | None, broken: Broken, doing: tuple[Doing, Doing]
 ) -> tuple[Dataset, Dataset | None]:
     """The packs to train on, and those that are held out; `doing` is told what either's workers are at."""
     train, held_out = plan.prepared.train, plan.prepared.held_out
@@ -369,15 +369,16 @@ def _datasets(
     packs = plan.schedule.laid_out(ranks.at_once, ranks.sequence)
     touch = plan.schedule.touch is not None
     shown = pack_dataset(packs, train, encoder, broken, train.targets, doing[0], touch, ranks.sequence)
-    if held_out is None:
+    if held_out is None or held_out_packs is None:
         return shown, None
-    packs, targets = _held_out_packs(plan), held_out.targets
-    return shown, pack_dataset(packs, held_out, encoder, broken, targets, doing[1], fewest=ranks.sequence)
+    targets = held_out.targets
+    return shown, pack_dataset(held_out_packs, held_out, encoder, broken, targets, doing[1], fewest=ranks.sequence)
 
 
-def _held_out_packs(plan: Plan) -> Packs:
-    """The packs to evaluate on, as many for each process."""
-    assert plan.prepared.held_out is not None
+def _held_out_packs(plan: Plan) -> Packs | None:
+    """The packs to evaluate on, as many for each process, where any are held out."""
+    if plan.prepared.held_out is None:
+        return None
     packs = pack_epoch(plan.prepared.held_out, plan.recipe.packing)
     return Schedule(packs, [len(packs)], len(packs)).laid_out(plan.ranks.at_once, plan.ranks.sequence)
 
