@@ -118,7 +118,9 @@ def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     there = dict(base.named_modules())
-    for path in there.keys() & set(parts):  # within a family, one model may lack what another has
+    for path in parts:  # in one order, as processes gather together
+        if path not in there:  # within a family, one model may lack what another has
+            continue
         around = there[path.rpartition(".")[0]]
         for module in there[path].modules():
             module._forward_pre_hooks.clear()
