@@ -69,3 +69,15 @@ def checkpoint(checkpoint_of):
 @pytest.fixture(scope="session")
 def encoder(encoder_of):
     return encoder_of("llava")
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs of several processes, forked from one that has imported DeepSpeed as well, where it is installed."""
+    from importlib.util import find_spec
+
+    from benchmarks.forks import Forks
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with Forks(*(["deepspeed"] if find_spec("deepspeed") else [])) as forks:
+        yield forks

@@ -1,7 +1,6 @@
 """Two processes train as one with twice the packs a step: by DDP and DeepSpeed, stopped and not, and on as one."""
 
 import json
-import os
 import signal
 import time
 from importlib.util import find_spec
@@ -22,13 +21,6 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="mak
 BY_DEEPSPEED = [pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3", "zero3_offload")]
 STRATEGIES = ["ddp", *BY_DEEPSPEED]
 CLOSE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def forks():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with Forks(*(["deepspeed"] if find_spec("deepspeed") else [])) as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

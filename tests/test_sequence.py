@@ -2,10 +2,8 @@
 
 import math
 import multiprocessing
-import os
 import re
 import signal
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +12,9 @@ import torch
 from families import save
 from helpers import recipe, tiny_llava
 from test_numbers import numbers
-from test_ranks import assert_same, settings_of, trained
+from test_ranks import BY_DEEPSPEED, assert_same, settings_of, trained
 from torch import distributed
 
-from benchmarks.forks import Forks
 from mantis_lite.data.dataset import collate_packs, pack_dataset
 from mantis_lite.data.encode import Encoded
 from mantis_lite.data.packs import Packs
@@ -28,16 +25,6 @@ from mantis_lite.report.fit import fit
 from mantis_lite.training.jsonlines import lines_of
 from mantis_lite.training.ranks import Ranks
 from mantis_lite.training.strategy import require_strategy
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="make test-slow installs DeepSpeed")
-BY_DEEPSPEED = [pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3", "zero3_offload")]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with Forks(*(["deepspeed"] if find_spec("deepspeed") else [])) as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import DataError
@@ -20,7 +21,7 @@ class Subset:
     name: str | None
     split: str
 
-    @property
+    @cached_property
     def held(self) -> Repository | None:
         """What its folder holds, if anything. Raises DataError."""
         return read_repository(self.folder)
