@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from ruamel.yaml.error import YAMLError
 
 from .contract import Contract
+from .data.hub import is_name
 from .data.source import SUFFIXES
 from .data.template import TEMPLATES
 from .models.fuyu import FUYU
@@ -47,11 +46,7 @@ class License:
 
 def is_on_hub(name: str) -> bool:
     """Whether it is user/name, as the hub calls a model or data set, and nothing here is called so."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not Path(name).exists()
+    return is_name(name) and not Path(name).exists()
 
 
 def stated_license(readme: str) -> License | None:

@@ -15,15 +15,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import validate_repo_id
 
 from .card import CARD, License, card, is_on_hub, recipe_yaml, stated_license
 from .contract import NAME, Contract, read_contract
+from .data.hub import is_name
 from .data.jinja import chat_template
 from .errors import MantisError, RecipeError, one_line
 from .models.adapter_config import check_tensors, open_tensors, read_settings
@@ -111,12 +110,7 @@ def push(
 
 
 def _refuse_names(source: str | Path, repo: str, both: bool) -> None:
-    try:
-        validate_repo_id(repo)
-        known = repo.count("/") == 1
-    except HFValidationError:
-        known = False
-    if not known:
+    if not is_name(repo):
         raise RecipeError(f"{repo}: is no name on the hub\n  Write user/name.")
     if both:
         raise RecipeError("--create-pr, --update: one asks, the other does not\n  Keep one of them.")

@@ -61,6 +61,15 @@ class Wanted:
         return sum(self.repository.files[name].size for name in self.subsets[subset])
 
 
+def is_name(repo: str) -> bool:
+    """Whether it is user/name, as the hub calls a model or data set."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return repo.count("/") == 1
+
+
 def find(
     repo: str,
     subsets: Iterable[str] | None = None,
@@ -74,12 +83,7 @@ def find(
     DataError.
     """
     repo = SHORT.get(repo, repo)
-    try:
-        validate_repo_id(repo)
-        named = repo.count("/") == 1
-    except HFValidationError:
-        named = False
-    if not named:
+    if not is_name(repo):
         raise DataError(f"{repo}: is no dataset's name\n  Write user/name, or {' or '.join(SHORT)}.")
     with _told(repo):
         repository = _at_commit(repo, to or place_of(repo), revision)
