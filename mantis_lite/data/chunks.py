@@ -126,31 +126,27 @@ class Chunks(Sequence[Read]):
         """What became of rows that were measured when their shards were made; none of them is read."""
         kept = np.zeros(len(stretch), KEPT)
         kept["source"], kept["row"] = source, stretch
-        for name in ("images", "digest"):
-            kept[name] = rows.of(name)[stretch.start : stretch.stop]
-        for at, name in enumerate(("tokens", "patches")):
-            kept["lengths"][:, at] = rows.of(name)[stretch.start : stretch.stop]
-        most = [self.packing.max_length, self.packing.max_patches or np.iinfo(np.int32).max]
-        large = np.any(kept["lengths"] > most, axis=1)
-        assert isinstance(large, np.ndarray)
-        labels, faults, fits = [], [], np.ones(len(stretch), dtype=bool)
+        kept["lengths"] = np.stack([rows.of("tokens", stretch), rows.of("patches", stretch)], axis=1)
+        kept["images"], kept["digest"] = rows.of("images", stretch), rows.of("digest", stretch)
+        most = np.array([self.packing.max_length, self.packing.max_patches or np.iinfo(np.int32).max])
+        large: np.ndarray = np.any(kept["lengths"] > most, axis=1)
+        fits = ~large
+        labels: list[RowLabels] = []
+        faults: list[SampleError] = []
         for at in range(len(stretch)) if self.problem else np.flatnonzero(large).tolist():
             stub = rows.stub(stretch[at])
+            if large[at]:
+                tokens, patches = kept["lengths"][at].tolist()
+                fault = too_large(stub, Measured(tokens, patches, int(kept["images"][at])), self.packing)
+                faults += [fault] if fault and not self.drops else []
+                continue
+            assert self.problem
             try:
-                if large[at]:
-                    tokens, patches = kept["lengths"][at].tolist()
-                    length = Measured(tokens, patches, int(kept["images"][at]))
-                    fault = too_large(stub, length, self.packing)
-                    assert fault is not None
-                    raise fault
-                if self.problem:
-                    labels.append(read_labels(stub, self.problem))
+                labels.append(read_labels(stub, self.problem))
             except SampleError as error:
+                faults.append(error)
                 fits[at] = False
-                if not (self.drops and large[at]):
-                    faults.append(error)
-        oversize = len(stretch) - int(fits.sum()) - len(faults)
-        return Read(kept[fits], labels, faults, records_of({}), Counter(), oversize)
+        return Read(kept[fits], labels, faults, records_of({}), Counter(), int(large.sum()) if self.drops else 0)
 
     def _sorted_out(
         self,

@@ -111,9 +111,10 @@ class ShardRows(Rows):
     def sample(self, i: int) -> Sample:
         return self.shards.sample(int(self.selected[i]))
 
-    def of(self, name: str) -> np.ndarray:
-        """A column of the index for these rows (N,)."""
-        return self.shards.column(name)[self.selected]
+    def of(self, name: str, stretch: range | None = None) -> np.ndarray:
+        """A column of the index for these rows (N,), or for a stretch of them."""
+        selected = self.selected if stretch is None else self.selected[stretch.start : stretch.stop]
+        return self.shards.column(name)[selected]
 
     def stub(self, i: int) -> Sample:
         """A row without its turns, for what is said of it, and its labels."""
