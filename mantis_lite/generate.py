@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -17,6 +16,7 @@ from .data.columns import short
 from .data.encode import Encoded, Encoder
 from .data.sample import Sample
 from .errors import RecipeError, SampleError, did_you_mean
+from .models.adapters import base_of
 from .models.load import placed
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -202,7 +202,7 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no defaults of the checkpoint's own, and an attention that knows caches as packs' does not."""
     decoder, training = model.get_decoder(), model.training
     packed = decoder.config._attn_implementation
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_of(model)
     own = plain.generation_config
     decoder.set_attn_implementation("sdpa")
     model.eval()

@@ -20,13 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from ..models.activations import checkpoint_layers, tile_loss, tile_mlps
+from ..models.adapters import base_of
 from ..models.attention import use_attention
 from ..models.fused_lora import fuse_lora
 from ..models.kernels import bind_layers, turn_by
 from ..recipe import Kernel
 from . import standins
 from .ledger import BLOCK, Ledger
-from .seeing import base_of, see, trained
+from .seeing import see, trained
 from .shapes import Shapes
 from .step import Machine, Pack
 

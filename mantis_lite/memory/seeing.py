@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,11 +18,6 @@ from .step import Machine, Pack
 def trained(module: nn.Module) -> Iterator[nn.Parameter]:
     """What of a module is trained."""
     return (parameter for parameter in module.parameters() if parameter.requires_grad)
-
-
-def base_of(model: nn.Module) -> Any:
-    """The model within its adapters."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _Bounds(list[int]):

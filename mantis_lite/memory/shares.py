@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..models.adapters import part_of
+from ..models.adapters import base_of, part_of
 from ..models.family import Family
 from ..recipe import deepspeed_config
-from .seeing import base_of, trained
+from .seeing import trained
 from .step import Machine
 
 SUB_GROUP = 1_000_000_000

@@ -62,6 +62,11 @@ def make_trainable(
     return model
 
 
+def base_of(model: nn.Module) -> Any:
+    """The model within its adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def load_adapter(
     model: PreTrainedModel | PeftModel,
     name: str,
@@ -77,7 +82,7 @@ def load_adapter(
     Raises RecipeError where a tensor is left over or missing: PEFT would go on with an adapter that is not there.
     """
     source = find_adapter(name, import_upstream, base)
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_of(model)
     kind, remedy = plain.config.model_type, "Set model to the base it was trained from."
     with TemporaryDirectory() as folder:
         if is_upstream(source, plain):

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_to_all_single
 from transformers import PreTrainedConfig
 
 from ..errors import DataError, RecipeError
+from .adapters import base_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Stretches:
 
 def share_rows(model: nn.Module, group: distributed.ProcessGroup) -> None:
     """Have the language model compute this process's stretch of each row that it is given whole."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.get_decoder().register_forward_pre_hook(partial(_cut, group=group), with_kwargs=True)
+    base_of(model).get_decoder().register_forward_pre_hook(partial(_cut, group=group), with_kwargs=True)
 
 
 def require_sharing(config: PreTrainedConfig, sequence: int) -> None:

@@ -29,7 +29,7 @@ from ..data.sample import Image, Sample
 from ..data.vision import Pixels, Size
 from ..errors import RecipeError, SampleError
 from ..recipe import Part, Recipe
-from .adapters import part_of
+from .adapters import base_of, part_of
 from .checkpoint import Checkpoint
 from .family import Family
 from .kernels import used_kernels
@@ -142,7 +142,7 @@ class VisionCache:
         `model` is as it trains, where it computes. `broken` is told of a picture that breaks when decoded. Raises
         RecipeError where there is no room.
         """
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         if self.recipe.memory.vision_cache == "disk":
             self.features.keep_on_disk(self._facts(base))
         places = shown(plans, self.pixels, self.features.key, broken)

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..conflicts import conflicts
 from ..errors import RecipeError
+from ..models.adapters import base_of
 from ..recipe import Recipe, deepspeed_config
 from .ranks import Ranks, is_launched, join, world
 
@@ -104,7 +104,7 @@ def wrap_layers(model: nn.Module, plugin: Any) -> None:
 
 def layer_class(model: nn.Module) -> type[nn.Module]:
     """The class of a language model's layers."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     return type(base.model.get_decoder().layers[0])
 
 
@@ -116,7 +116,7 @@ def gather_at_once(model: nn.Module, parts: Iterable[str]) -> None:
     """
     from deepspeed import zero
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     there = dict(base.named_modules())
     for path in parts:  # in one order, as processes gather together
         if path not in there:  # within a family, one model may lack what another has
