@@ -113,19 +113,17 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
 
 
 def _launch_conflicts(recipe: Recipe) -> Iterator[str]:
-    launch, strategy = recipe.launch, recipe.strategy
-    gpus = (launch.gpus or 1) * launch.nodes
+    launch, strategy, parted, gpus = recipe.launch, recipe.strategy, recipe.parts_weights, recipe.launch.size
     if strategy == "single" and gpus > 1:
         yield f"launch.strategy: single, but {gpus} GPUs are asked for\n  Set launch.strategy=ddp, zero2 or zero3."
-    if strategy in ("zero3", "zero3_offload", "fsdp2") and recipe.quantized:
+    if parted and recipe.quantized:
         yield f"launch.strategy: {strategy} would part weights that are in 4 bits\n  Set launch.strategy=ddp or zero2."
     if recipe.sharded and recipe.memory.optimizer not in ("auto", "adamw_torch", "adamw_torch_fused"):
         found = f"{recipe.memory.optimizer}, but launch.strategy={strategy} keeps AdamW's moments in parts"
         yield f"memory.optimizer: {found}\n  Leave memory.optimizer out, or set launch.strategy=ddp."
     if recipe.memory.vision_cache != "off" and strategy != "single":
-        sharded = strategy in ("zero3", "zero3_offload", "fsdp2")
-        if sharded or recipe.part("projector") != "frozen":
-            why = f"launch.strategy={strategy} parts the tower" if sharded else "several GPUs train a projector with it"
+        if parted or recipe.part("projector") != "frozen":
+            why = f"launch.strategy={strategy} parts the tower" if parted else "several GPUs train a projector with it"
             yield f"memory.vision_cache: {recipe.memory.vision_cache}, but {why}\n  Set memory.vision_cache=off."
     if launch.sequence > 1:
         yield from _sequence_conflicts(recipe)

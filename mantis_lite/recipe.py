@@ -23,6 +23,8 @@ Training = Literal["frozen", "adapter", "full"]
 Task = Literal["chat", "video", "classify", "pretrain"]
 Problem = Literal["regression", "single_label", "multi_label"]
 Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
+PARTED = ("zero3", "zero3_offload", "fsdp2")
+"""The strategies by which several GPUs have a part of the weights each."""
 Kernel = Literal["lora", "rms_norm", "rope", "swiglu", "layer_norm", "relu_squared"]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -253,6 +255,11 @@ class Recipe(Section):
     def sharded(self) -> bool:
         """Whether each GPU holds a part of what trains, and no more."""
         return self.strategy not in ("single", "ddp")
+
+    @property
+    def parts_weights(self) -> bool:
+        """Whether it holds a part of the weights, too."""
+        return self.strategy in PARTED
 
     @property
     def quantized(self) -> list[Part]:

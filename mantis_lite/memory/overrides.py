@@ -14,7 +14,7 @@ from ..models.family import Family
 from ..recipe import Recipe, make_recipe
 from .estimate import Estimate, estimate
 from .packs import Rows
-from .step import PARTED, Machine, Pack, machine_of
+from .step import Machine, Pack, machine_of
 
 TILE = 2048
 """Tokens that an MLP sees at a time where that is to save memory."""
@@ -116,7 +116,7 @@ def _taken(work: Work, recipe: Recipe, pack: Pack, accumulates: bool) -> Taken:
 def _candidates(work: Work, recipe: Recipe) -> Iterator[str]:
     """Overrides that may help this recipe."""
     if recipe.method == "full":
-        whole = " launch.strategy=ddp" if recipe.strategy in PARTED else ""  # what is in 4 bits is not parted
+        whole = " launch.strategy=ddp" if recipe.parts_weights else ""  # what is in 4 bits is not parted
         yield "method=lora trainable=null"
         yield "memory.optimizer=adamw_bnb_8bit"
         yield "memory.optimizer=paged_adamw_8bit"
@@ -137,7 +137,7 @@ def shared_out(recipe: Recipe) -> Iterator[str]:
     """Overrides that part among GPUs, or put on the host, what one GPU holds by itself."""
     if recipe.launch.size == 1 and recipe.method != "full":
         return
-    if recipe.strategy not in PARTED:
+    if not recipe.parts_weights:
         yield "launch.strategy=zero3" + (f" launch.gpus={GPUS}" if recipe.launch.size == 1 else "")
     if recipe.strategy != "zero3_offload":
         yield "launch.strategy=zero3_offload"
@@ -155,7 +155,7 @@ def exact(recipe: Recipe) -> Iterator[str]:
 
 def in_4_bits(work: Work, recipe: Recipe) -> Iterator[str]:
     """Overrides that hold frozen weights in 4 bits: the language model's, then every part's. Those are not parted."""
-    if recipe.strategy in PARTED:
+    if recipe.parts_weights:
         return
     if recipe.method == "lora" and recipe.lora.init != "pissa":
         yield "method=qlora" if recipe.memory.quantize is None else "method=qlora memory.quantize=null"

@@ -12,10 +12,7 @@ import torch
 from ..models.activations import checkpointed_layers
 from ..models.kernels import KERNELS
 from ..models.tower import TOWER_PATCHES
-from ..recipe import Kernel, MemoryRecipe, Part, Recipe, Strategy
-
-PARTED = ("zero3", "zero3_offload", "fsdp2")
-"""The strategies by which several GPUs have a part of the weights each."""
+from ..recipe import PARTED, Kernel, MemoryRecipe, Part, Recipe, Strategy
 
 
 @dataclass(frozen=True)
