@@ -54,6 +54,10 @@ class Forks:
     def __exit__(self, *error: object) -> None:
         if error[0]:
             self.process.terminate()  # with the run that is in its way
+        elif self.process.poll() is None:
+            # Said, as the pipe may stay open in what this process has forked.
+            self.process.stdin.write("null\n")
+            self.process.stdin.flush()
         self.process.communicate()
 
     def __call__(self, settings: dict[str, Any], **job: Any) -> dict[str, Any]:
@@ -97,7 +101,8 @@ def main() -> None:
     for name in sys.argv[1:]:
         importlib.import_module(name)
     for line in sys.stdin:
-        job = json.loads(line)
+        if (job := json.loads(line)) is None:
+            break
         with tempfile.TemporaryFile() as said:  # a pipe would be full at some time
             begun = time.monotonic()
             children = []

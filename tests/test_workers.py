@@ -9,6 +9,7 @@ import torch
 from helpers import chat, logs_of, losses, recipe, write_rows
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mantis_lite.data.encode import Encoder
 from mantis_lite.training.checkpoints import newest
@@ -29,6 +30,8 @@ def run_of(folder, tmp_path, name: str, workers: int, **more):
 def killing(monkeypatch, tmp_path):
     """Has a worker kill itself when it is given a sample, as often as it is told to."""
     encode = Encoder.encode
+    looked_for = _MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(looked_for, "__defaults__", (0.5,))  # seconds, for five
 
     def kill(sample_id: str, times: int) -> None:
         def killed(self, sample):
@@ -98,6 +101,7 @@ def test_a_sample_that_kills_every_worker_ends_the_run_with_a_checkpoint(llava_f
     run = run_of(llava_folder, tmp_path, "other", 2)
     (tmp_path / "deaths").unlink()
     killing(sample_id, 4)
+    others = set(torch.multiprocessing.active_children())
     with pytest.raises(WorkerError, match=r"data: 4 DataLoader workers died, at rows\.jsonl:") as raised:
         run.train()
     assert str(raised.value).count(called.split(" ")[0]) == 4 and "lower train.dataloader_num_workers" in str(
@@ -106,6 +110,7 @@ def test_a_sample_that_kills_every_worker_ends_the_run_with_a_checkpoint(llava_f
     step = run.trainer.state.global_step
     assert newest(tmp_path / "other")[0].name == f"checkpoint-{step}" and step in (3, 4)
     assert raised.value.exit_code == 3
+    assert set(torch.multiprocessing.active_children()) <= others  # even while the error is held
 
 
 def test_workers_leave_signals_to_the_trainer_but_do_not_outlive_it(llava_folder, tmp_path):

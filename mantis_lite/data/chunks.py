@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from ..errors import DataError, FitError, SampleError
 from ..recipe import PackingRecipe, Problem
 from .content import Content, content_of
+from .deaths import MOST_DEATHS, died
 from .encode import Encoder
 from .labels import RowLabels, read_labels
 from .lengths import LengthCache, Measured, records_of
@@ -37,7 +37,6 @@ FEW = 20_000
 """Rows that are read sooner than processes are started for them."""
 MOST_WORKERS = 32
 """Processes that read: the disk is the slowest then."""
-MOST_DEATHS = 3
 
 KEPT = np.dtype([("source", "i4"), ("row", "i4"), ("lengths", "i4", 2), ("images", "i4"), ("digest", "i8")])
 """Where a row that can be trained on stands, its tokens and patches, its pictures, and what is in it."""
@@ -225,8 +224,7 @@ def _beside(chunks: Chunks, workers: int) -> Generator[Read]:
                 yield read
                 done += 1
         except RuntimeError as error:
-            if not re.match(r"DataLoader worker \(pid", str(error)):  # torch has no type of its own for it
-                raise
+            died(error)
             deaths += 1
             source, stretch = chunks.stretches[done]
             where = chunks.rows[source].where(stretch[0])

@@ -81,4 +81,5 @@ def leave_signals(worker: int = 0) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever the trainer's process has it do
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

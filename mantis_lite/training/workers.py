@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +13,8 @@ from accelerate import skip_first_batches
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..data.collate import Batch
+from ..data.deaths import MOST_DEATHS, died
 from ..errors import DataError
-
-MOST_DEATHS = 3
 
 log = logging.getLogger("mantis_lite")
 
@@ -51,15 +49,8 @@ class Deaths:
         self.at: list[str] = []
 
     def count(self, error: RuntimeError) -> None:
-        """Note the death that an error of torch's tells of. Raises WorkerError at the fourth, and any other error.
-
-        Deaths have no type of their own; what a worker raises itself comes as "Caught ... in DataLoader worker".
-        """
-        found = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)|^Pin memory thread exited", str(error))
-        if not found:
-            raise error
-        processes = {int(process) for process in (found[1] or "").split(",") if process}
-        self.at.append(self.doing.last(processes))
+        """Note the death that an error of torch's tells of. Raises WorkerError at the fourth, and any other error."""
+        self.at.append(self.doing.last(died(error)))
         if len(self.at) > MOST_DEATHS:
             raise WorkerError(
                 f"data: {len(self.at)} DataLoader workers died, at {'; '.join(self.at)}\n"
@@ -88,6 +79,7 @@ class Feed:
             try:
                 batch = next(self.batches)
             except RuntimeError as error:
+                self.batches = iter(())
                 self.deaths.count(error)
                 self.batches = iter(skip_first_batches(self.loader, self.taken))
             else:
