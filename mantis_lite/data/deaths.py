@@ -1,0 +1,24 @@
+"""Workers of torch's DataLoader that die, by the system's want of memory or of their own."""
+
+from __future__ import annotations
+
+import re
+from traceback import clear_frames
+
+MOST_DEATHS = 3
+"""So many are forgiven before what they were at is given up."""
+
+
+def died(error: RuntimeError) -> set[int]:
+    """The processes whose death an error of torch's tells of, as far as it knows them. Raises any other error.
+
+    Deaths have no type of their own; what a worker raises itself comes as "Caught ... in DataLoader worker".
+
+    The frames of the error are cleared, with which the loader's other workers end. Kept until garbage is collected,
+    they would be told to end by queues that are closed already, and each waited for.
+    """
+    found = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)|^Pin memory thread exited", str(error))
+    if not found:
+        raise error
+    clear_frames(error.__traceback__)
+    return {int(process) for process in (found[1] or "").split(",") if process}
