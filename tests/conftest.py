@@ -71,6 +71,14 @@ def encoder(encoder_of):
     return encoder_of("llava")
 
 
+@pytest.fixture
+def deaths_seen_soon(monkeypatch):
+    """Torch looks whether a DataLoader's workers live every half second, for five."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+
+
 @pytest.fixture(scope="session")
 def forks():
     """Runs of several processes, forked from one that has imported DeepSpeed as well, where it is installed."""

@@ -155,14 +155,13 @@ def dying(times: int, folder: Path):
     return replace(encoder, vision=replace(encoder.vision, patches=patches))
 
 
-def test_a_process_that_dies_is_begun_anew(tmp_path, both, caplog):
+def test_a_process_that_dies_is_begun_anew(tmp_path, both, caplog, deaths_seen_soon):
     here, beside = both(write(tmp_path), dying(1, tmp_path))
     assert_same(here, beside)
     assert re.search(r"a process that reads rows died at rows.jsonl:\d+ or behind it; it is begun anew", caplog.text)
 
 
-@pytest.mark.slow  # torch looks for the dead every 5 s
-def test_processes_that_die_again_and_again_are_an_error(tmp_path):
+def test_processes_that_die_again_and_again_are_an_error(tmp_path, deaths_seen_soon):
     made = recipe(data=write(tmp_path))
     with pytest.raises(DataError, match=r"4 processes that read rows died, the last at rows.jsonl:1 or behind it"):
         prepare(made.data, made.packing, dying(99, tmp_path), workers=WORKERS)

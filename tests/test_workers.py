@@ -9,12 +9,11 @@ import torch
 from helpers import chat, logs_of, losses, recipe, write_rows
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mantis_lite.data.encode import Encoder
+from mantis_lite.training import signals
 from mantis_lite.training.checkpoints import newest
 from mantis_lite.training.run import start
-from mantis_lite.training.signals import GRACE
 from mantis_lite.training.workers import WorkerError
 
 
@@ -27,11 +26,9 @@ def run_of(folder, tmp_path, name: str, workers: int, **more):
 
 
 @pytest.fixture
-def killing(monkeypatch, tmp_path):
+def killing(monkeypatch, tmp_path, deaths_seen_soon):
     """Has a worker kill itself when it is given a sample, as often as it is told to."""
     encode = Encoder.encode
-    looked_for = _MultiProcessingDataLoaderIter._try_get_data
-    monkeypatch.setattr(looked_for, "__defaults__", (0.5,))  # seconds, for five
 
     def kill(sample_id: str, times: int) -> None:
         def killed(self, sample):
@@ -113,8 +110,9 @@ def test_a_sample_that_kills_every_worker_ends_the_run_with_a_checkpoint(llava_f
     assert set(torch.multiprocessing.active_children()) <= others  # even while the error is held
 
 
-def test_workers_leave_signals_to_the_trainer_but_do_not_outlive_it(llava_folder, tmp_path):
+def test_workers_leave_signals_to_the_trainer_but_do_not_outlive_it(llava_folder, tmp_path, monkeypatch):
     """Ctrl-C reaches the whole group."""
+    monkeypatch.setattr(signals, "GRACE", 2)
     run = run_of(llava_folder, tmp_path, "run", 1)
     for loader in (run.trainer.get_train_dataloader(), run.trainer.get_eval_dataloader(run.trainer.train_dataset)):
         others = set(torch.multiprocessing.active_children())
@@ -128,5 +126,6 @@ def test_workers_leave_signals_to_the_trainer_but_do_not_outlive_it(llava_folder
     next(iterator)
     (worker,) = set(torch.multiprocessing.active_children()) - others
     worker.terminate()  # as Python does of a process that ends by an error
-    worker.join(3 * GRACE)
+    worker.join(30)
     assert not worker.is_alive()
+    iterator.close()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
@@ -93,6 +93,13 @@ class Lasting(Trainer):
             return sum(12 * numel(p) for p in trains)
         kept = trains if isinstance(self.model, PeftModel) else list(self.model.parameters())
         return sum(p.numel() * p.element_size() for p in kept) + sum(8 * p.numel() for p in trains)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._feed is not None:
+                self._feed.close()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.numbers.counted(super().training_step(*args, **kwargs))

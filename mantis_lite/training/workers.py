@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from accelerate import skip_first_batches
@@ -65,7 +65,7 @@ class Feed:
     `taken` were skipped before the first. Raises WorkerError at the fourth death.
     """
 
-    def __init__(self, loader: DataLoader, first: Iterator[Batch], taken: int, doing: Doing) -> None:
+    def __init__(self, loader: DataLoader, first: Generator[Batch], taken: int, doing: Doing) -> None:
         self.loader, self.first, self.taken = loader, first, taken
         self.batches = first
         self.deaths = Deaths(doing)
@@ -74,12 +74,15 @@ class Feed:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def close(self) -> None:
+        """End the workers, which would wait for what nobody asks until garbage is collected."""
+        self.batches.close()
+
     def __next__(self) -> Batch:
         while True:
             try:
                 batch = next(self.batches)
             except RuntimeError as error:
-                self.batches = iter(())
                 self.deaths.count(error)
                 self.batches = iter(skip_first_batches(self.loader, self.taken))
             else:
