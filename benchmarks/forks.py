@@ -96,7 +96,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and a shell's background this
     assert curve and run  # imported before the first fork
     for name in sys.argv[1:]:
         importlib.import_module(name)
