@@ -61,7 +61,7 @@ class MantisChat:
         if self.trained.head is not None:
             raise RecipeError(f"{source}: scores, and does not answer\n  mantis-lite predict {source} data=new.json")
         self.system = system
-        self.encoder: Encoder = _for_chat(self.trained.encoder, system)
+        self.encoder: Encoder = for_chat(self.trained.encoder, system)
         self.model: PreTrainedModel = self.trained.load()
         self.turns: list[Turn] = []
 
@@ -223,7 +223,8 @@ def _words(encoder: Encoder, come: Iterable[int]) -> Iterator[str]:
         yield text[len(shown) :]
 
 
-def _for_chat(encoder: Encoder, system: str | None) -> Encoder:
+def for_chat(encoder: Encoder, system: str | None = None) -> Encoder:
+    """As an encoder writes prompts of which nothing else is said: some frames of a clip, and the system's words."""
     media = encoder.frames.media
     if media.num_frames is None and media.fps is None:
         media = media.model_copy(update={"num_frames": FRAMES})

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +17,8 @@ import typer
 from .shown import (
     printable,
     show_check,
+    show_comparison,
+    show_evaluation,
     show_fit,
     show_metrics,
     show_probe,
@@ -90,7 +92,7 @@ def train_command(
     if loaded.strategy != "single" and not is_launched():
         from .training.launch import launch
 
-        raise typer.Exit(launch(loaded, sys.argv[1:]))
+        raise typer.Exit(launch(loaded.launch, sys.argv[1:], bool(loaded.train.get("use_cpu"))))
     with ProgressBar() as bar:
         try:
             run = start(loaded, [bar], from_scratch, import_upstream, gpu, accept_changes=accept_changes)
@@ -119,17 +121,10 @@ def check_command(
         raise RecipeError(f"--output: {output} exists already\n  Name another file.")
     _offer_download(loaded)
     _prepare_process()
-    from rich.console import Console
-    from rich.progress import track
-
     from .data.prepare import write_rejects
     from .report.check import check
 
-    def watch(found: Any, total: int) -> Any:
-        console = Console(stderr=True)
-        return track(found, "decoding", total, console=console, transient=True, disable=not console.is_terminal)
-
-    found = check(loaded, not quick, watch)
+    found = check(loaded, not quick, _watched("decoding"))
     if output is not None:
         write_rejects(found.prepared.rejects, output)
     show_check(found, output)
@@ -181,6 +176,64 @@ def predict_command(
     if found.metrics is not None:
         show_metrics(found.metrics)
     typer.echo(f"{len(found.samples):,} predictions in {found.file}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    what: Annotated[
+        list[str],
+        typer.Argument(help="Benchmarks, as nlvr2, or nlvr2=FOLDER for a copy here; or data=held_out.json; key=value."),
+    ],
+    protocol: Annotated[Literal["own", "upstream"], typer.Option(help="upstream: as Mantis, to the letter.")] = "own",
+    scoring: Annotated[
+        Literal["generate", "likelihood", "both"], typer.Option(help="How choices are made: written, or the likeliest.")
+    ] = "generate",
+    bits: Bits = None,
+    to: Annotated[Path | None, typer.Option(help="The folder of results; else one in the run, or here.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer; else the benchmark's.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of prompts that are read at once.")] = 4096,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of this machine, each with a share of the rows.")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Ask again what has answers there.")] = False,
+) -> None:
+    """Ask a model a benchmark's questions, or your own rows', and say how right it is. Run it again to go on."""
+    _prepare_process()
+    from .training.ranks import is_launched, world
+
+    if gpus and gpus > 1 and not is_launched():
+        from .recipe import LaunchRecipe
+        from .training.launch import launch
+
+        raise typer.Exit(launch(LaunchRecipe(gpus=gpus), sys.argv[1:]))
+    from .evaluate.run import run
+
+    for found in run(
+        model, what, protocol, scoring, bits, to, max_new_tokens, tokens, from_scratch, _watched("answering")
+    ):
+        if world()[0] == 0:
+            show_evaluation(found)
+
+
+@app.command("compare")
+def compare_command(
+    a: Annotated[str, typer.Argument(help="What was before: results, or a model.")],
+    b: Annotated[str, typer.Argument(help="What is now: results, or a model.")],
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Of two models: benchmarks and data=... that they are evaluated by.")
+    ] = None,
+    scoring: Annotated[
+        Literal["generate", "likelihood", "both"], typer.Option(help="How choices are made: written, or the likeliest.")
+    ] = "generate",
+    html: Annotated[Path | None, typer.Option(help="A page of the rows that flipped, with their pictures.")] = None,
+) -> None:
+    """Say whether B is better than A, with an interval, and which rows flipped; of results, or of models."""
+    _prepare_process()
+    from .evaluate.run import compared
+
+    for found in compared(a, b, what or (), scoring, html, _watched("answering")):
+        show_comparison(found)
+    if html is not None:
+        typer.echo(f"the rows that flipped: {html}")
 
 
 @app.command("chat")
@@ -253,14 +306,10 @@ def merge_command(
 ) -> None:
     """Merge an adapter into its base, a tensor at a time, and check that the two say the same."""
     _prepare_process()
-    from rich.console import Console
-    from rich.progress import track
-
     from .merge import merge
 
     def watch(files: list[Path]) -> Iterable[Path]:
-        console = Console(stderr=True)
-        return track(files, "merging", console=console, transient=True, disable=not console.is_terminal)
+        return _watched("merging")(files, len(files))
 
     more = [_weighed(word) for word in others or ()]
     found = merge(model, to, base, overrides or (), more, weight, combine, None if no_check else least, watch)
@@ -397,16 +446,9 @@ def prepare_data(
     except ValueError as error:
         raise RecipeError(f"--shard-size: {error}, found {shard_size}") from None
     _prepare_process()
-    from rich.console import Console
-    from rich.progress import track
-
     from .sharding import shard
 
-    def watch(found: Any, total: int) -> Any:
-        console = Console(stderr=True)
-        return track(found, "writing shards", total, console=console, transient=True, disable=not console.is_terminal)
-
-    done = shard(loaded, to, engine, layout, size, workers or os.cpu_count() or 1, watch)
+    done = shard(loaded, to, engine, layout, size, workers or os.cpu_count() or 1, _watched("writing shards"))
     show_shards(done)
 
 
@@ -484,6 +526,16 @@ def _prepare_process() -> None:
     # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+
+
+def _watched(does: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """Shows at a terminal how much is done of what is handed on."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or os.environ.get("RANK", "0") != "0"
+    return lambda found, total: track(found, does, total, console=console, transient=True, disable=hidden)
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -98,7 +98,7 @@ def generate(
     """
     assert watch is None or len(prompts) == 1
     batch = _padded(encoder, prompts)
-    ends = _ends(model, encoder)
+    ends = ends_of(model, encoder)
     choice = dict(sampling or GREEDY)
     seed = choice.pop("seed", None)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], **choice)
@@ -186,7 +186,7 @@ def _padded(encoder: Encoder, prompts: Sequence[Encoded]) -> dict[str, Any]:
     return batch
 
 
-def _ends(model: PreTrainedModel, encoder: Encoder) -> list[int]:
+def ends_of(model: PreTrainedModel, encoder: Encoder) -> list[int]:
     """What ends an answer: the template's own token first, and those that the model was published with."""
     known = getattr(model.generation_config, "eos_token_id", None)
     published = known if isinstance(known, list) else [] if known is None else [known]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from .data.prepare import Prepared
+    from .evaluate.compare import Comparison
+    from .evaluate.evaluation import Evaluation
     from .metrics import Metrics
     from .push import Pushed
     from .report.check import Check, Outlook
@@ -53,6 +55,67 @@ def show_metrics(metrics: Metrics) -> None:
     for name, value in metrics.items():
         table.add_row(name, "not defined" if value is None else f"{value:.4f}")
     Console(highlight=False).print(table)
+
+
+def show_evaluation(found: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = found.summary
+    table = Table(title=f"{summary['benchmark']}: {summary['model']}", title_justify="left")
+    for name in ("accuracy", "rows", "%", "95% interval"):
+        table.add_column(name, justify="left" if name == "accuracy" else "right")
+
+    def add(name: str, of: dict[str, Any]) -> None:
+        low, high = of["interval"]
+        table.add_row(printable(name), f"{of['count']:,}", f"{of['accuracy']:.1%}", f"{low:.1%} to {high:.1%}")
+
+    add("all" if summary["overall"] == "rows" else "mean of the categories", summary)
+    if "likelihood" in summary:
+        add("by likelihood", summary["likelihood"])
+    for category, of in summary.get("categories", {}).items():
+        add(category or "(none)", of)
+    console = Console(highlight=False)
+    console.print(table)
+    for name, value in summary["more"].items():
+        typer.echo(f"{name}: not defined" if value is None else f"{name}: {value:.4f}")
+    if found.found:
+        typer.echo(f"{found.found:,} rows had been answered before")
+    if summary["unread"]:
+        typer.echo(f"notice: in {summary['unread']:,} answers none could be read; they count as wrong")
+    typer.echo(f"results.jsonl and summary.json in {found.folder}")
+
+
+def show_comparison(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .data.columns import short
+
+    typer.echo(printable(f"A: {found.sources[0]}\nB: {found.sources[1]}"))
+    table = Table(title=f"{found.name}, {found.count:,} rows", title_justify="left")
+    for name in ("accuracy", "A", "B", "points", "95% interval", "p"):
+        table.add_column(name, justify="left" if name == "accuracy" else "right")
+    lines = {"all": found.accuracy, "by likelihood": found.likelihood, **found.categories}
+    for name, of in lines.items():
+        if of is not None:
+            bounds = f"{100 * of.low:+.1f} to {100 * of.high:+.1f}"
+            p = "" if of.p is None else f"{of.p:.2g}"
+            table.add_row(printable(name or "(none)"), f"{of.a:.1%}", f"{of.b:.1%}", f"{100 * of.gain:+.1f}", bounds, p)
+    Console(highlight=False).print(table)
+    typer.echo(f"{found.accuracy.verdict}; {len(found.fixed):,} rows fixed, {len(found.broken):,} broken")
+    for way, pairs in (("broken", found.broken), ("fixed", found.fixed)):
+        for before, after in pairs[:FLIPPED]:
+            said = [short(result.parsed) for result in (before, after)]
+            typer.echo(printable(f"  {way} {before.id}: {said[0]} -> {said[1]}, right is {short(before.answer)}"))
+        if len(pairs) > FLIPPED:
+            typer.echo(f"  and {len(pairs) - FLIPPED:,} more {way}; --html=page.html shows them")
+    if any(found.alone):
+        typer.echo(f"notice: rows that only A has, {found.alone[0]:,}; that only B has, {found.alone[1]:,}: left out")
+
+
+FLIPPED = 5
+"""How many rows that broke, and that were fixed, the terminal shows."""
 
 
 def show_rows(prepared: Prepared, purpose: str = "to train on") -> None:

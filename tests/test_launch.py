@@ -97,22 +97,24 @@ def test_processes_join_where_a_scheduler_has_started_them(monkeypatch, variable
 
 
 def test_machines_find_each_other_by_the_usual_variables():
-    found = launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first", "NODE_RANK": "1", "MASTER_PORT": "1234"})
+    found = launch_config(
+        launched(gpus=4, nodes=2).launch, environ={"MASTER_ADDR": "first", "NODE_RANK": "1", "MASTER_PORT": "1234"}
+    )
     assert (found.min_nodes, found.max_nodes, found.nproc_per_node) == (2, 2, 4)
     assert (found.rdzv_endpoint, found.rdzv_configs["rank"]) == ("first:1234", 1)
-    slurm = launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first", "SLURM_NODEID": "1"})
+    slurm = launch_config(launched(gpus=4, nodes=2).launch, environ={"MASTER_ADDR": "first", "SLURM_NODEID": "1"})
     assert (slurm.rdzv_endpoint, slurm.rdzv_configs["rank"]) == ("first:29500", 1)
     with pytest.raises(RecipeError, match=r"launch\.nodes: 2, but which machine this is and where the first one is"):
-        launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first"})
+        launch_config(launched(gpus=4, nodes=2).launch, environ={"MASTER_ADDR": "first"})
     with pytest.raises(RecipeError, match="NODE_RANK: 2, of 2 machines"):
-        launch_config(launched(gpus=4, nodes=2), {"MASTER_ADDR": "first", "NODE_RANK": "2"})
+        launch_config(launched(gpus=4, nodes=2).launch, environ={"MASTER_ADDR": "first", "NODE_RANK": "2"})
 
 
 def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RecipeError, match=r"launch\.gpus: 3, and this machine shows 2"):
-        launch_config(recipe(launch={"gpus": 3}))
-    assert launch_config(recipe(launch={"strategy": "ddp"})).nproc_per_node == 2, "all there are"
+        launch_config(recipe(launch={"gpus": 3}).launch)
+    assert launch_config(recipe(launch={"strategy": "ddp"}).launch).nproc_per_node == 2, "all there are"
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero3_offload"])

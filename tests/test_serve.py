@@ -184,7 +184,7 @@ def test_tokens_are_counted_and_limited(chat, client):
 def test_an_answer_that_ends_by_itself_stopped(chat, client, monkeypatch):
     ids, _ = answered(chat, "Go on.", TOKENS)
     end = next(token for token in ids[2:] if token not in ids[:2])
-    monkeypatch.setattr("mantis_lite.generate._ends", lambda model, encoder: [end])
+    monkeypatch.setattr("mantis_lite.generate.ends_of", lambda model, encoder: [end])
     answer = ask(client, [said("Go on.")])
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == ids.index(end)

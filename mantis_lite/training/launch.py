@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..errors import RecipeError
-from ..recipe import Recipe
+from ..recipe import LaunchRecipe
 
 GRACE = "600"
 """Seconds that processes may take to finish a step and save it, once they are told to stop."""
@@ -23,13 +23,15 @@ GRACE = "600"
 PORT = 29500
 
 
-def launch(recipe: Recipe, words: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+def launch(
+    asked: LaunchRecipe, words: Sequence[str], use_cpu: bool = False, environ: Mapping[str, str] = os.environ
+) -> int:
     """Run a command line of this package in a process for each GPU of this machine; returns its exit code.
 
     With launch.nodes it waits for the other machines, each of which runs the same command: MASTER_ADDR names the
     first, NODE_RANK (or SLURM_NODEID) says which one this is, MASTER_PORT may be set. Raises RecipeError.
     """
-    config = launch_config(recipe, environ)
+    config = launch_config(asked, use_cpu, environ)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.nproc_per_node)))
     try:
@@ -44,9 +46,9 @@ def launch(recipe: Recipe, words: Sequence[str], environ: Mapping[str, str] = os
     return 0
 
 
-def launch_config(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> LaunchConfig:
-    """How torch is to start the processes of a recipe. Raises RecipeError."""
-    nodes, gpus = recipe.launch.nodes, _gpus(recipe)
+def launch_config(asked: LaunchRecipe, use_cpu: bool = False, environ: Mapping[str, str] = os.environ) -> LaunchConfig:
+    """How torch is to start the processes that are asked for. Raises RecipeError."""
+    nodes, gpus = asked.nodes, _gpus(asked.gpus, use_cpu)
     shared: dict[str, Any] = {"nproc_per_node": gpus, "max_restarts": 0, "logs_specs": DefaultLogsSpecs()}
     if nodes == 1:
         place: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
@@ -64,9 +66,9 @@ def launch_config(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> La
     return LaunchConfig(nodes, nodes, run_id="mantis-lite", **place, **shared)
 
 
-def _gpus(recipe: Recipe) -> int:
+def _gpus(asked: int | None, use_cpu: bool) -> int:
     """How many processes this machine gets: those that are asked for, else one for each GPU that can be seen."""
-    asked, there = recipe.launch.gpus, 0 if recipe.train.get("use_cpu") else torch.cuda.device_count()
+    there = 0 if use_cpu else torch.cuda.device_count()
     if there and (asked or 0) > there:
         raise RecipeError(f"launch.gpus: {asked}, and this machine shows {there}\n  Set launch.gpus={there}.")
     return asked or there or 1

@@ -14,11 +14,11 @@ class Lock:
     """A run's hold on its folder, which other processes respect and a killed one loses.
 
     By POSIX record locks, which file servers know as well. The process that holds it can take it again, so that a
-    notebook may start anew what it did not finish.
+    notebook may start anew what it did not finish. `key` is what the folder is set by.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / ".lock"
+    def __init__(self, run_dir: Path, key: str = "run_dir") -> None:
+        self.file, self.key = run_dir / ".lock", key
         self.opened: int | None = None
 
     def take(self) -> None:
@@ -35,7 +35,8 @@ class Lock:
             holder = os.read(opened, 200).decode(errors="replace").strip() or "another process"
             os.close(opened)
             raise ResumeError(
-                f"run_dir: {self.file.parent} is in use by {holder}\n  Let it finish, stop it, or set another run_dir."
+                f"{self.key}: {self.file.parent} is in use by {holder}\n"
+                f"  Let it finish, stop it, or set another {self.key}."
             ) from None
         except OSError as error:
             os.close(opened)
@@ -45,8 +46,8 @@ class Lock:
         self.opened = opened
 
     def _unlockable(self, error: OSError) -> DiskError:
-        found = f"run_dir: {self.file} cannot be written and locked: {error.strerror}"
-        return DiskError(f"{found}\n  See that the folder can be written, or set run_dir to another disk.")
+        found = f"{self.key}: {self.file} cannot be written and locked: {error.strerror}"
+        return DiskError(f"{found}\n  See that the folder can be written, or set {self.key} to another disk.")
 
     def release(self) -> None:
         """Let go of it."""

@@ -1,0 +1,1 @@
+"""Did it get better: benchmarks, rows of one's own, and two models side by side."""

@@ -1,0 +1,35 @@
+"""Mantis-Eval: 217 questions about several pictures, some with options (Jiang et al. 2024, arXiv:2405.01483)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from .benchmark import Benchmark, Metrics
+from .mantis_rows import parse, read_rows, right
+from .question import Result
+
+
+def by_kind(results: Sequence[Result]) -> Metrics:
+    """The accuracy of each kind of question: a choice's answer is one capital."""
+    of: defaultdict[str, list[float]] = defaultdict(list)
+    for result in results:
+        is_choice = len(result.answer) == 1 and result.answer.isupper()
+        of["multi-choice" if is_choice else "short-answer"].append(result.correct)
+    return {kind: sum(shares) / len(shares) for kind, shares in sorted(of.items())}
+
+
+MANTIS_EVAL = Benchmark(
+    name="mantis-eval",
+    source="TIGER-Lab/Mantis-Eval:mantis_eval:test",
+    read=read_rows,
+    parse=parse,
+    right=right,
+    more=by_kind,
+    max_new_tokens=512,
+    differences=(
+        "a letter is read from what the answer says, and not from the first letter of its first word",
+        "of an answer in words, what stands behind the last 'Final Answer:' counts, without a full stop",
+        "answers have 512 tokens at most; the original's LLaVA-style wrapper allows 4,096",
+    ),
+)

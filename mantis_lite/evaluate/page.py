@@ -1,0 +1,79 @@
+"""A comparison as one HTML file: its numbers, and the rows that flipped, with their pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL.Image import Image as Picture
+
+from ..files import write_whole
+from .compare import Comparison, flipped
+from .question import Result
+
+SIDE = 256
+"""Pixels of a picture's longer side."""
+MOST_BYTES = 8_000_000
+"""Of pictures, in base64; rows beyond are counted, and not shown."""
+MARK = "<image>"
+
+
+class Shown(NamedTuple):
+    """A row that flipped: its prompt in pieces, each text or a picture's data: URI, and both answers."""
+
+    pieces: list[tuple[str, str]]
+    before: Result
+    after: Result
+
+
+def write_page(found: Comparison, pictures: Callable[[Result], list[Picture]], file: Path) -> None:
+    """Write the page; no request leaves it, and what rows say cannot become part of it. Raises OSError, SampleError."""
+    broken, left = _rows(found.broken, pictures, MOST_BYTES // 2)
+    fixed, left_fixed = _rows(found.fixed, pictures, MOST_BYTES // 2)
+    environment = Environment(
+        loader=PackageLoader("mantis_lite.evaluate", "."), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    sections = [
+        ("Right before, wrong now", broken, len(found.broken), left),
+        ("Wrong before, right now", fixed, len(found.fixed), left_fixed),
+    ]
+    text = environment.get_template("compare.html").render(found=found, flipped=flipped(found), sections=sections)
+    write_whole(file, text.encode(errors="backslashreplace"))
+
+
+def _rows(
+    pairs: Sequence[tuple[Result, Result]], pictures: Callable[[Result], list[Picture]], room: int
+) -> tuple[list[Shown], int]:
+    """As many rows as there is room for, and how many are left out."""
+    shown: list[Shown] = []
+    for before, after in pairs:
+        links = [_link(picture) for picture in pictures(before)]
+        room -= sum(map(len, links)) + len(before.prompt)
+        if room < 0 and shown:
+            break
+        shown.append(Shown(_pieces(before.prompt, links), before, after))
+    return shown, len(pairs) - len(shown)
+
+
+def _pieces(prompt: str, links: list[str]) -> list[tuple[str, str]]:
+    """Text and pictures in turn. A mark that no picture is left for is text."""
+    pieces: list[tuple[str, str]] = []
+    left = iter(links)
+    for number, text in enumerate(prompt.split(MARK)):
+        if number:
+            link = next(left, None)
+            pieces.append(("text", MARK) if link is None else ("picture", link))
+        pieces.append(("text", text))
+    return [*pieces, *(("picture", link) for link in left)]  # of a clip, whose mark was one
+
+
+def _link(picture: Picture) -> str:
+    small = picture.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

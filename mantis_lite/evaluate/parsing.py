@@ -1,0 +1,102 @@
+"""What an answer in words says: the letter of a choice, as it is meant, or as the original Mantis reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+LEADS = ("final answer:", "the answer is", "answer:")
+"""What stands before an answer, in the order in which the original looks for it."""
+
+NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s*[\W_]*([A-Z])\b(?!\s+[a-z])", re.I)
+"""A letter that is called the answer; no word that goes on behind it, as in "the answer is a dog"."""
+
+BEGINS = re.compile(r"[\W_]*([A-Za-z])(?:[\W_]*$|[*_\"']*[).:,\]])")
+"""A letter by itself, or set off from what follows it."""
+
+ENDS = re.compile(r"\b([A-Z])[\W_]*$")
+"""A letter that an answer comes to, as in "I think it is A."."""
+
+LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*")
+"""The letter in front of an option's text."""
+
+
+def choice(answer: str, options: Sequence[str]) -> str | None:
+    """The letter that an answer chooses among options, given by their texts; None where it says none, or several.
+
+    By what is clearest: a letter that the answer is, or begins by; one that it calls its answer, the last time it does;
+    one in brackets; the text of an option; a capital at its end, or within it, though there no word of English.
+    """
+    letters = ascii_uppercase[: len(options)]
+    if found := BEGINS.match(answer):
+        return _among(found[1], letters)
+    if named := NAMED.findall(answer):
+        return _among(named[-1], letters)
+    if bracketed := re.findall(r"\(([A-Z])\)", answer):
+        return _only({letter for letter in bracketed if letter in letters})
+    if said := _option_said(answer, options):
+        return said
+    if last := ENDS.search(answer):
+        return _among(last[1], letters)
+    capitals = set(re.findall(r"\b([A-Z])\b(?!')", answer)) - {"A", "I"}
+    return _only({letter for letter in capitals if letter in letters})
+
+
+def bare(option: str) -> str:
+    """An option's text without its letter, as in "(A) a dog"."""
+    found = LABEL.match(option)
+    return option[found.end() :] if found else option.strip()
+
+
+def labelled(option: str, letter: str) -> bool:
+    """Whether an option has its letter already, by the original's test: anywhere in it."""
+    return any(f"{letter}{mark}" in option.upper() for mark in "):.")
+
+
+def upstream_text(answer: str) -> str:
+    """What stands behind the first of LEADS that is there, else all of an answer."""
+    for lead in LEADS:
+        if (at := answer.lower().find(lead)) >= 0:
+            return answer[at + len(lead) :].strip()
+    return answer.strip()
+
+
+def upstream_choice(answer: str, options: Sequence[str]) -> str | None:
+    """The letter that the original Mantis reads: the first of the alphabet's in the answer, whatever word it is of.
+
+    "The second" is T, and "A cat" is A. Where there are not so many options, the one whose text is all of the answer.
+    """
+    text = upstream_text(answer)
+    found = re.search(r"Answer: ([A-Z])", text) or re.search(r"([A-Za-z])", text)
+    if found and found[1].upper() in ascii_uppercase[: len(options)]:
+        return found[1].upper()
+    same = [letter for letter, option in zip(ascii_uppercase, options, strict=False) if option.lower() == text.lower()]
+    return same[0] if same else None
+
+
+def _among(letter: str, letters: str) -> str | None:
+    return letter.upper() if letter.upper() in letters else None
+
+
+def _only(found: set[str]) -> str | None:
+    return found.pop() if len(found) == 1 else None
+
+
+def _option_said(answer: str, options: Sequence[str]) -> str | None:
+    """The one option whose words are all of the answer, or else are in it and in no longer one that is."""
+    said = _words(answer)
+    texts = {letter: _words(option) for letter, option in zip(ascii_uppercase, options, strict=False) if _words(option)}
+    if whole := [letter for letter, text in texts.items() if text == said]:
+        return whole[0] if len(whole) == 1 else None
+    within = {letter: text for letter, text in texts.items() if f" {text} " in f" {said} "}
+    longest = {
+        letter
+        for letter, text in within.items()
+        if not any(text != other and f" {text} " in f" {other} " for other in within.values())
+    }
+    return _only(longest)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[\w']+", text.lower()))

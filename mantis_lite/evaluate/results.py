@@ -1,0 +1,110 @@
+"""Lines of results, and what they come to: shares with the intervals they are known to."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from ..errors import DataError, RecipeError
+from .question import Result
+
+RESULTS, SUMMARY = "results.jsonl", "summary.json"
+
+
+def line_of(result: Result) -> str:
+    """A result as a line of its file."""
+    return json.dumps(asdict(result), ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def read_results(folder: Path) -> tuple[list[Result], dict[str, Any]]:
+    """The results in a folder, and their summary. Raises RecipeError where there are none, DataError for a bad line."""
+    file, summary = folder / RESULTS, folder / SUMMARY
+    if not (file.is_file() and summary.is_file()):
+        remedy = "Run `mantis-lite evaluate` to its end, and name the folder it tells."
+        raise RecipeError(f"{folder}: no folder of results\n  {remedy}")
+    results = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            results.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}:{number}: no result: {error}\n  Evaluate again, with --from-scratch.") from None
+    return results, json.loads(summary.read_text())
+
+
+def summarise(results: Sequence[Result], overall: str) -> dict[str, Any]:
+    """How many are right, in all and by category, each with an interval; and how many answers could not be read.
+
+    `accuracy` is over rows, or with overall="categories" the mean over categories. Where choices were weighed,
+    `likelihood` is the same of the likeliest letters.
+    """
+    summary: dict[str, Any] = {
+        "count": len(results),
+        "overall": overall,
+        **_accuracies(results, _correct(results), overall),
+    }
+    summary["unread"] = sum(result.parsed is None for result in results)
+    weighed = [result for result in results if result.logprobs]
+    if weighed:
+        summary["likelihood"] = {"count": len(weighed)} | _accuracies(weighed, _likeliest(weighed), overall)
+    return summary
+
+
+def interval(shares: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of a mean of shares (N,): Wilson's of what is 0 or 1 (1927), else the normal one.
+
+    >>> [round(float(bound), 4) for bound in interval(np.array([1.0] * 8 + [0.0] * 2))]
+    [0.4902, 0.9433]
+    """
+    if np.isin(shares, (0, 1)).all():
+        found = binomtest(int(shares.sum()), len(shares)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    return _normal(float(shares.mean()), _error(shares))
+
+
+def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> dict[str, Any]:
+    of: defaultdict[str, list[float]] = defaultdict(list)
+    for result, share in zip(results, shares.tolist(), strict=True):
+        of[result.category].append(share)
+    parts = {category: np.array(of[category]) for category in sorted(of)}
+    if overall == "categories":
+        accuracy = float(np.mean([part.mean() for part in parts.values()]))
+        bounds = _normal(accuracy, float(np.sqrt(sum(_error(part) ** 2 for part in parts.values()))) / len(parts))
+    else:
+        accuracy, bounds = float(shares.mean()), interval(shares)
+    found: dict[str, Any] = {"accuracy": accuracy, "interval": list(bounds)}
+    if len(parts) > 1:
+        found["categories"] = {
+            category: {"count": len(part), "accuracy": float(part.mean()), "interval": list(interval(part))}
+            for category, part in parts.items()
+        }
+    return found
+
+
+def _correct(results: Sequence[Result]) -> np.ndarray:
+    return np.array([result.correct for result in results], dtype=float)
+
+
+def _likeliest(results: Sequence[Result]) -> np.ndarray:
+    return np.array([float(likeliest(result.logprobs) == result.answer) for result in results])
+
+
+def likeliest(logprobs: dict[str, float] | None) -> str | None:
+    """The letter with the highest log-probability, the first of several."""
+    return max(logprobs, key=lambda letter: logprobs[letter]) if logprobs else None
+
+
+def _error(shares: np.ndarray) -> float:
+    """The standard error of their mean."""
+    return float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else 0.0
+
+
+def _normal(mean: float, error: float) -> tuple[float, float]:
+    reach = float(norm.ppf(0.975)) * error
+    return max(0.0, mean - reach), min(1.0, mean + reach)
