@@ -195,6 +195,10 @@ def evaluate_command(
     tokens: Annotated[int, typer.Option(min=1, help="Of prompts that are read at once.")] = 4096,
     gpus: Annotated[int | None, typer.Option(min=1, help="Of this machine, each with a share of the rows.")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Ask again what has answers there.")] = False,
+    judge: Annotated[
+        str | None, typer.Option(help="Of mementos: an endpoint of OpenAI's API; its key in MANTIS_LITE_JUDGE_KEY.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The model that is asked there.")] = "gpt-4-1106-preview",
 ) -> None:
     """Ask a model a benchmark's questions, or your own rows', and say how right it is. Run it again to go on."""
     _prepare_process()
@@ -205,11 +209,12 @@ def evaluate_command(
         from .training.launch import launch
 
         raise typer.Exit(launch(LaunchRecipe(gpus=gpus), sys.argv[1:]))
+    from .evaluate.judge import Judge
     from .evaluate.run import run
 
-    for found in run(
-        model, what, protocol, scoring, bits, to, max_new_tokens, tokens, from_scratch, _watched("answering")
-    ):
+    asked = Judge(judge, judge_model) if judge else None
+    watch = _watched("answering")
+    for found in run(model, what, protocol, scoring, bits, to, max_new_tokens, tokens, from_scratch, asked, watch):
         if world()[0] == 0:
             show_evaluation(found)
 

@@ -307,7 +307,9 @@ def test_or_is_counted_under_skip_up_to_a_bound(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_quickstart_learns_what_it_could_not_do(tmp_path):
+def test_the_quickstart_learns_what_it_could_not_do(tmp_path, monkeypatch):
+    """And a comparison with what it was before shows by how much."""
+    from mantis_lite.evaluate.run import compared
     from mantis_lite.quickstart import quickstart
 
     said = []
@@ -316,6 +318,12 @@ def test_the_quickstart_learns_what_it_could_not_do(tmp_path):
         outcome = quickstart([f"run_dir={tmp_path / 'run'}"], [], False, said.append)
     assert outcome.before < 0.5 and outcome.after >= 0.9
     assert (outcome.adapter / "adapter_model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+    held_out = [f"data={tmp_path / 'run-data/held_out.jsonl'}"]
+    (found,) = compared("tiny", str(tmp_path / "run"), held_out, html=Path("page.html"))
+    assert (found.accuracy.a, found.accuracy.b) == (outcome.before, outcome.after) and found.count == 200
+    assert 0 < found.accuracy.low < found.accuracy.gain < found.accuracy.high
+    assert 4 * len(found.fixed) > Path("page.html").read_text().count('<img src="data:image/jpeg') > 40
 
 
 def test_out_of_memory_says_where_and_what_to_do(settings, tmp_path):

@@ -6,10 +6,12 @@ from ..errors import RecipeError, did_you_mean
 from .benchmark import Benchmark
 from .blink import BLINK
 from .mantis_eval import MANTIS_EVAL
+from .mementos import MEMENTOS
+from .mvbench import MVBENCH
 from .nlvr2 import NLVR2
 from .qbench2 import QBENCH2
 
-BENCHMARKS = {each.name: each for each in (MANTIS_EVAL, NLVR2, QBENCH2, BLINK)}
+BENCHMARKS = {each.name: each for each in (MANTIS_EVAL, NLVR2, QBENCH2, BLINK, MVBENCH, MEMENTOS)}
 
 
 def find(name: str) -> Benchmark:

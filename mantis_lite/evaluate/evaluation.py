@@ -142,31 +142,12 @@ class _Work:
         try:
             with self.part.open("ab", buffering=0) as file:
                 for each in watch(said, sum(map(len, left))):
-                    if self.questions[each.number].id not in done:
-                        file.write(line_of(self.result(each)).encode())
+                    question = self.questions[each.number]
+                    if question.id not in done:
+                        file.write(line_of(result_of(self.benchmark, question, each, self.protocol)).encode())
         except OSError as error:
             found = f"{self.part} cannot be written: {error.strerror}"
             raise DiskError(f"{found}\n  Make room there, and run the same command again: it goes on.") from error
-
-    def result(self, said: Said) -> Result:
-        """What an answer is worth; where only likelihood was asked for, the likeliest letter is the answer."""
-        question = self.questions[said.number]
-        parsed = likeliest(said.logprobs) if said.raw is None else None
-        if said.raw is not None:
-            parsed = self.benchmark.parse(said.raw, question, self.protocol)
-        return Result(
-            id=question.id,
-            category=question.category,
-            group=question.group,
-            prompt=shown(question.sample),
-            images=tuple(map(named, question.sample.images)),
-            answer=question.answer,
-            raw=said.raw,
-            parsed=parsed,
-            correct=self.benchmark.right(parsed, question, self.protocol),
-            logprobs=said.logprobs,
-            scores=self.benchmark.scores(said.raw, question, self.protocol),
-        )
 
     def finish(self, asked: dict[str, Any]) -> None:
         """Put the rows in their order, and say what they come to."""
@@ -174,7 +155,7 @@ class _Work:
             return
         done = self.done()
         results = [Result(**done[question.id]) for question in self.questions]
-        summary = {**asked, **self.benchmark.told, **summarise(results, self.benchmark.overall)}
+        summary = {**asked, **summarise(results, self.benchmark.overall)}
         summary["more"] = self.benchmark.more(results)
         if self.protocol == "own":
             summary["differences"] = list(self.benchmark.differences)
@@ -182,6 +163,24 @@ class _Work:
         write_whole(self.folder / RESULTS, (line_of(result).encode() for result in results))
         for part in self.folder.glob(PART.format("*")):
             part.unlink()
+
+
+def result_of(benchmark: Benchmark, question: Question, said: Said, protocol: Protocol) -> Result:
+    """What an answer is worth; where only likelihood was asked for, the likeliest letter is the answer."""
+    parsed = likeliest(said.logprobs) if said.raw is None else benchmark.parse(said.raw, question, protocol)
+    return Result(
+        id=question.id,
+        category=question.category,
+        group=question.group,
+        prompt=shown(question.sample),
+        images=tuple(map(named, question.sample.images)),
+        answer=question.answer,
+        raw=said.raw,
+        parsed=parsed,
+        correct=benchmark.right(parsed, question, protocol),
+        logprobs=said.logprobs,
+        scores=benchmark.scores(said.raw, question, protocol),
+    )
 
 
 def _asked(
@@ -203,6 +202,7 @@ def _asked(
         "questions": sha256("\n".join(lines).encode()).hexdigest()[:16],
         "protocol": protocol,
         **asdict(asking),
+        **benchmark.told,
     }
 
 

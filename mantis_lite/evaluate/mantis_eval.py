@@ -22,7 +22,7 @@ def by_kind(results: Sequence[Result]) -> Metrics:
 MANTIS_EVAL = Benchmark(
     name="mantis-eval",
     source="TIGER-Lab/Mantis-Eval:mantis_eval:test",
-    read=read_rows,
+    read=lambda source, protocol: read_rows(source, "mantis_eval", "test"),
     parse=parse,
     right=right,
     more=by_kind,

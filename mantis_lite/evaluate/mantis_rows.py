@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -22,14 +23,22 @@ IN_WORDS = (
 MARK = "<image>"
 
 
-def read_rows(source: str, protocol: Protocol) -> list[Question]:
-    """The questions of a file, a folder of Parquet or a dataset on the hub. Raises SampleError, DataError.
+def read_rows(source: str, inside: str, split: str) -> list[Question]:
+    """The questions of what `open_rows` finds. Raises SampleError, DataError.
 
     A row has question, question_type (multi-choice or short-answer), images, options, answer, and mostly id and
     category (TIGER-AI-Lab/Mantis, mantis/benchmark).
     """
-    rows = open_source(SourceRecipe(path=source))
+    rows = open_rows(source, inside, split)
     return [question_of(rows.row(at), rows, at) for at in range(len(rows))]
+
+
+def open_rows(source: str, inside: str, split: str) -> Rows:
+    """The rows of a file, of a dataset on the hub, or of the split of one's folder, whose Parquet may be `inside`."""
+    if not Path(source).is_dir():
+        return open_source(SourceRecipe(path=source))
+    folder = Path(source) / inside
+    return open_source(SourceRecipe(path=str(folder if folder.is_dir() else source), split=split))
 
 
 def question_of(row: Mapping[str, Any], rows: Rows, at: int) -> Question:
@@ -48,11 +57,12 @@ def question_of(row: Mapping[str, Any], rows: Rows, at: int) -> Question:
             text = f"{text}{options_under(options)}\n{LETTER_ALONE}"
         else:
             text = IN_WORDS.format(question=text)
+        turn = asked(text, images)
     except Fault as fault:
         raise SampleError(where, fault.found, fault.remedy, _id(row)) from None
     return Question(
         id=_id(row) or where,
-        sample=Sample(where, _id(row), (asked(text, images),)),
+        sample=Sample(where, _id(row), (turn,)),
         kind="choice" if options else "short",
         answer=answer,
         options=tuple(map(bare, options)),

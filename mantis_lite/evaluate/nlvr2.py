@@ -15,7 +15,7 @@ from .question import Protocol, Question, Result
 
 def read(source: str, protocol: Protocol) -> list[Question]:
     """Its options, True and False, are in another order in each row. Raises SampleError, DataError."""
-    return [replace(question, group=_statement(question.id)) for question in read_rows(source, protocol)]
+    return [replace(question, group=_statement(question.id)) for question in read_rows(source, "nlvr2", "test")]
 
 
 def parse(raw: str, question: Question, protocol: Protocol) -> str | None:

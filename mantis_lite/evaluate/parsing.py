@@ -15,6 +15,9 @@ NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s*[\W_]*([A-Z])\b(?!
 BEGINS = re.compile(r"[\W_]*([A-Za-z])(?:[\W_]*$|[*_\"']*[).:,\]])")
 """A letter by itself, or set off from what follows it."""
 
+SEVERAL = re.compile(r"[\W_]*[A-Z][\W_]*(?:and|or|&|,|/)[\W_]*[A-Z]\b[\W_]*")
+"""Letters in a row, none of which is chosen."""
+
 ENDS = re.compile(r"\b([A-Z])[\W_]*$")
 """A letter that an answer comes to, as in "I think it is A."."""
 
@@ -29,6 +32,8 @@ def choice(answer: str, options: Sequence[str]) -> str | None:
     one in brackets; the text of an option; a capital at its end, or within it, though there no word of English.
     """
     letters = ascii_uppercase[: len(options)]
+    if SEVERAL.match(answer):
+        return None
     if found := BEGINS.match(answer):
         return _among(found[1], letters)
     if named := NAMED.findall(answer):

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.source import open_source
-from ..recipe import SourceRecipe
 from .benchmark import Benchmark
-from .mantis_rows import parse, question_of, right
+from .mantis_rows import open_rows, parse, question_of, right
 from .question import Protocol, Question
 
 CONCERNS = ("distortion", "others", "compare", "joint")
@@ -19,7 +17,7 @@ UNUSED = "N/A"
 
 def read(source: str, protocol: Protocol) -> list[Question]:
     """The pairs in the hub's columns, or as Mantis' own list of them. Raises SampleError, DataError."""
-    rows = open_source(SourceRecipe(path=source))
+    rows = open_rows(source, "data", "dev")
     return [question_of(_row(rows.row(at), f"{Path(rows.name).stem}-{at}"), rows, at) for at in range(len(rows))]
 
 

@@ -12,7 +12,9 @@ from .benchmark import Benchmark
 from .benchmarks import BENCHMARKS, find
 from .compare import Comparison, compare
 from .evaluation import Evaluation, evaluate, folder_of, open_model
+from .judge import Judge
 from .labels import evaluate_labels
+from .mementos import MEMENTOS, judged, read_synonyms
 from .page import write_page
 from .pictures import pictures_of
 from .question import Protocol
@@ -29,12 +31,14 @@ def run(
     max_new_tokens: int | None = None,
     tokens: int = 4096,
     from_scratch: bool = False,
+    judge: Judge | None = None,
     watch: Watch = lambda said, total: said,
 ) -> Iterator[Evaluation]:
     """Evaluate a run, an adapter or a model by benchmarks, and by rows of one's own.
 
     A word is a benchmark, `nlvr2`, or one with a local copy, `nlvr2=copies/nlvr2`; or key=value of the recipe, of which
-    data=rows.json has those rows asked, or scored by a score head. Raises RecipeError, DataError, SampleError.
+    data=rows.json has those rows asked, or scored by a score head. A `judge` reads the answers to mementos. Raises
+    RecipeError, DataError, SampleError, DiskError.
     """
     wanted, overrides = _read(words)
     gives_data = any(word.partition("=")[0] in ("data", "data.sources") for word in overrides)
@@ -52,7 +56,11 @@ def run(
         if protocol == "upstream":
             raise RecipeError("--protocol: upstream has none for rows of one's own\n  Leave it out.")
         asked.append((own_rows(opened.trained.recipe, opened.encoder, opened.model), None))
+    if judge is not None and not any(benchmark is MEMENTOS for benchmark, _ in asked):
+        raise RecipeError("--judge: only mementos is judged\n  Name it, or leave --judge out.")
     for benchmark, rows in asked:
+        if judge is not None and benchmark is MEMENTOS:
+            benchmark = judged(judge, read_synonyms(rows or "."))
         yield evaluate(opened, benchmark, rows, protocol, scoring, to, max_new_tokens, tokens, from_scratch, watch)
 
 
