@@ -11,9 +11,6 @@ if TYPE_CHECKING:
 # Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
 UNBUILT = {
     "trainable.lr": "one learning rate for all parts: train.learning_rate",
-    "eval.benchmarks": "not available yet",
-    "eval.metric": "not available yet",
-    "eval.patience": "not available yet",
 }
 
 CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "frame_label")
@@ -23,7 +20,7 @@ def conflicts(recipe: Recipe) -> Iterator[str]:
     """Everything that is wrong with a recipe whose keys are each right by themselves."""
     for check in (
         *(_unbuilt, _model_conflicts, _part_conflicts, _method_conflicts, _launch_conflicts),
-        *(_media_conflicts, _head_conflicts, _pretrain_conflicts),
+        *(_media_conflicts, _head_conflicts, _pretrain_conflicts, _eval_conflicts),
     ):
         yield from check(recipe)
 
@@ -108,8 +105,43 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
         yield f"memory.vision_cache: {recipe.memory.vision_cache}, but trainable.vision_tower={how} changes what a " + (
             "picture's features are\n  Set trainable.vision_tower=frozen, or memory.vision_cache=off."
         )
-    if recipe.eval.every and recipe.data.eval is None:
+
+
+def metrics_of(recipe: Recipe) -> tuple[str, ...]:
+    """What an evaluation while training comes to, by name."""
+    if recipe.task != "classify":
+        return ("loss",)
+    of_numbers = recipe.head.problem == "regression"
+    return ("loss", *(("mse", "mae", "spearman", "pearson") if of_numbers else ("accuracy", "macro_f1", "auroc")))
+
+
+def _eval_conflicts(recipe: Recipe) -> Iterator[str]:
+    asked = recipe.eval
+    if asked.every and recipe.data.eval is None:
         yield "eval.every: there is nothing to evaluate on\n  Set data.eval to a share (0.05) or a file."
+    for key in ("metric", "generate"):
+        if getattr(asked, key) and not asked.every:
+            yield f"eval.{key}: nothing is evaluated while it trains\n  Set eval.every to a number of steps."
+    if asked.metric is not None and asked.metric not in (known := metrics_of(recipe)):
+        yield f"eval.metric: {asked.metric} is not among what is evaluated\n  Set one of {', '.join(known)}."
+    if asked.patience and asked.metric is None:
+        yield "eval.patience: has no effect without a metric that is to get better\n  Set eval.metric=loss."
+    for key in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+        if asked.metric is not None and key in recipe.train:
+            yield f"train.{key}: has no effect beside eval.metric\n  Leave it out."
+    if asked.generate and (why := _silent(recipe)):
+        yield f"eval.generate: {asked.generate}, but {why}\n  Leave it out; afterwards `mantis-lite evaluate` asks."
+
+
+def _silent(recipe: Recipe) -> str | None:
+    """Why a model cannot answer while it trains."""
+    if recipe.task not in ("chat", "video"):
+        return f"task={recipe.task} answers nothing"
+    if recipe.parts_weights or recipe.launch.sequence > 1:
+        return "each GPU has a part of the weights, or of a row"
+    if recipe.memory.vision_cache != "off":
+        return "memory.vision_cache keeps what pictures come to, and not what sees"
+    return None
 
 
 def _launch_conflicts(recipe: Recipe) -> Iterator[str]:

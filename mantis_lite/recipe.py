@@ -188,7 +188,7 @@ class MemoryRecipe(Section):
 
 class EvalRecipe(Section):
     every: Positive | None = None
-    benchmarks: list[str] | None = None
+    generate: Annotated[int, Field(ge=0)] = 0
     metric: str | None = None
     patience: Positive | None = None
 
@@ -379,13 +379,15 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _expand(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Write shorthands out: `model: x`, `data: x | [x, ...]`, `packing: off`."""
+    """Write shorthands out: `model: x`, `data: x | [x, ...]`, `eval.data: x`, `packing: off`."""
     settings = dict(settings)
     if isinstance(settings.get("model"), str):
         settings["model"] = {"name": settings["model"]}
     data = settings.get("data")
     if isinstance(data, str | list):
         settings["data"] = {"sources": data}
+    if isinstance(settings.get("eval"), dict) and "data" in settings["eval"]:
+        settings |= _with_held_out(settings, where)
     if isinstance(settings.get("data"), dict) and "sources" in settings["data"]:
         sources = settings["data"]["sources"]
         sources = sources if isinstance(sources, list) else [sources]
@@ -397,6 +399,15 @@ def _expand(settings: dict[str, Any], where: str) -> dict[str, Any]:
             raise RecipeError(f"packing: expected on, off or its keys, found {packing!r} in {where}")
         settings["packing"] = {"enabled": packing in ("on", True)}
     return settings
+
+
+def _with_held_out(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """`eval.data: x` as `data.eval: x`. Raises RecipeError where both are said, and differ."""
+    rest = {key: value for key, value in settings["eval"].items() if key != "data"}
+    data, held_out = settings.get("data") or {}, settings["eval"]["data"]
+    if data.get("eval", held_out) != held_out:
+        raise RecipeError(f"eval.data: {held_out}, and data.eval: {data['eval']} in {where}\n  Keep one of them.")
+    return {"eval": rest, "data": data | {"eval": held_out}}
 
 
 def _replaced(model: dict[str, Any]) -> dict[str, None]:

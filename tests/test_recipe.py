@@ -330,10 +330,6 @@ def test_every_key_that_is_set_elsewhere_says_where(key):
 
 OTHER = {
     "trainable.lr": {"projector": 1e-3},
-    "memory.offload_activations": True,
-    "eval.benchmarks": ["nlvr2"],
-    "eval.metric": "loss",
-    "eval.patience": 2,
 }
 
 
@@ -344,7 +340,7 @@ def test_every_key_that_nothing_reads_says_so(key):
 
 
 def test_all_mistakes_at_once():
-    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "eval": {"patience": 2}})
+    message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "trainable": {"lr": {"projector": 1e-3}}})
     assert len(message.splitlines()) == 3
 
 

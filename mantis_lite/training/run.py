@@ -48,6 +48,7 @@ from .broken import Broken
 from .callbacks import Ahead, Aside, Intervals, MetricsFile, Seeds
 from .checkpoints import folder_of, require_space, written
 from .curve import draw_curve
+from .held_out import GENERATIONS, Generations
 from .jsonlines import lines_of
 from .lock import Lock
 from .numbers import Numbers
@@ -313,6 +314,8 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
         trainer.held_out_share = len(held_out) / np.count_nonzero(held_out.sizes)
     trainer.keep = recipe.train.get("save_total_limit")
     trainer.accepted = bool(plan.resumed.changed)
+    if recipe.eval.patience and recipe.eval.every:
+        trainer.patience = recipe.eval.patience * recipe.eval.every
     _watch(run, cache)
     return run
 
@@ -325,6 +328,9 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     metrics = MetricsFile(run_dir / METRICS, schedule, schedule.packs.sums(run.prepared.train.lengths[:, 0]))
     for callback in (Seeds(), Intervals(), trainer.numbers, metrics):
         trainer.add_callback(callback)
+    if (held_out := run.prepared.held_out) and (asked := run.recipe.eval.generate):
+        samples = [held_out[at] for at in range(min(asked, len(held_out)))]
+        trainer.add_callback(Generations(run_dir / GENERATIONS, trainer.model, run.encoder, samples))
     if fetched_sets(run.prepared.train):
         trainer.add_callback(Ahead(schedule, run.prepared.train))
     if cache:

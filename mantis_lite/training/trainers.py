@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -49,8 +50,15 @@ from .slices import (
 from .strategy import gather_at_once, process_arguments, strategy_arguments, wrap_layers
 from .workers import Deaths, Doing, Feed, WorkerError
 
+log = logging.getLogger("mantis_lite")
+
 SHARED = "shared.json"
 """In a checkpoint of what is in parts: the scheduler, and how many steps the optimizer has taken."""
+
+
+LESS_IS_BETTER = ("loss", "mse", "mae")
+SAVE_STEPS = 500
+"""About how often a run saves that keeps its best checkpoint: where it is evaluated, too. transformers' own number."""
 
 
 class Lasting(Trainer):
@@ -71,6 +79,8 @@ class Lasting(Trainer):
     """How many checkpoints are kept; the trainer's own way of removing them is left unused."""
     accepted = False
     """Whether the recipe was changed since the checkpoint that the run goes on from."""
+    patience: int | None = None
+    """Steps without a better evaluation after which the run ends."""
     owes_evaluation = False
     """Whether the run stopped before an evaluation that was due."""
     _aside: Path | None = None
@@ -160,10 +170,30 @@ class Lasting(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As the trainer's own; what may be gone back to is saved."""
+        """As the trainer's own; what may be gone back to is saved, and so is where patience ends."""
+        name = self.args.metric_for_best_model
+        if name and metrics.get(name, 0) is None:
+            log.warning("%s is not defined in step %d, and counts as no better", name, self.state.global_step)
+            metrics = metrics | {name: -math.inf if self.args.greater_is_better else math.inf}
         best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= best and self.args.load_best_model_at_end
+        if self._is_enough:
+            self.control.should_save = self.control.should_training_stop = True
+            step, better = self.state.global_step, self.state.best_global_step
+            log.warning("step %d ends the run: %s has not been better since step %d", step, name, better)
         return best
+
+    @property
+    def _is_enough(self) -> bool:
+        best = self.state.best_global_step
+        return self.patience is not None and best is not None and self.state.global_step - best >= self.patience
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's own, unless the run has ended early before."""
+        if self._is_enough:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         best = folder_of(Path(self.args.output_dir), self.state.best_global_step or 0)
@@ -410,6 +440,11 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = A
     else:
         fixed |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         fixed["activation_offloading"] = offloads(recipe)
+    if metric := recipe.eval.metric:
+        assert recipe.eval.every
+        defaults["save_steps"] = max(1, SAVE_STEPS // recipe.eval.every) * recipe.eval.every
+        fixed |= {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{metric}"}
+        fixed["greater_is_better"] = metric not in LESS_IS_BETTER
     if recipe.memory.optimizer != "auto":
         fixed["optim"] = recipe.memory.optimizer
     try:
