@@ -22,7 +22,14 @@ test: .venv/installed
 		--no-build-isolation deepspeed
 	touch $@
 
-test-slow: .venv/scale
+# lmms-eval, which asks our models its way, with what it imports: beside our own versions, some of which it rules out.
+LMMS := chardet colorama dataproperty evaluate filelock==3.20.3 kernels==0.17.2 lmms-eval==0.7.3 loguru lxml \
+	mbstrdecoder pathvalidate portalocker pytablewriter pytz sacrebleu tabledata tabulate tcolorpy tenacity typepy
+
+.venv/lmms: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LMMS)
+
+test-slow: .venv/scale .venv/lmms
 	$(BIN)/pytest -m slow
 
 test-all: test test-slow

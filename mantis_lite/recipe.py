@@ -405,6 +405,8 @@ def _with_held_out(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """`eval.data: x` as `data.eval: x`. Raises RecipeError where both are said, and differ."""
     rest = {key: value for key, value in settings["eval"].items() if key != "data"}
     data, held_out = settings.get("data") or {}, settings["eval"]["data"]
+    if not isinstance(data, dict):
+        return {"eval": rest}  # no data, as it is said to be once it is checked
     if data.get("eval", held_out) != held_out:
         raise RecipeError(f"eval.data: {held_out}, and data.eval: {data['eval']} in {where}\n  Keep one of them.")
     return {"eval": rest, "data": data | {"eval": held_out}}

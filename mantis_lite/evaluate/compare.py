@@ -18,6 +18,8 @@ from .results import likeliest, read_results
 RESAMPLES, SEED = 10_000, 0
 SAME = ("benchmark", "protocol")
 """What of two summaries has to be the same."""
+TOLD = ("scoring", "max_new_tokens", "in_4_bits", "precision")
+"""What may differ, and is told."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,25 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the interval says, in words."""
-        if self.low <= 0 <= self.high:
+        """What the interval says, in words; of rows so few that all that are drawn are alike, the test has a say."""
+        if self.low <= 0 <= self.high or (self.p is not None and self.p >= 0.05):
             return "no difference that these rows could show"
         return "B is better" if self.low > 0 else "B is worse"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows that both have, and what became of them from A to B; `alone` counts those that only one has."""
+    """Rows that both have, and what became of them from A to B; `alone` counts those that only one has.
+
+    `otherwise` is what differs in how they were asked: by its name in summaries, of A and of B.
+    """
 
     name: str
     sources: tuple[str, str]
     summary: dict[str, Any]
     count: int
     alone: tuple[int, int]
+    otherwise: dict[str, tuple[Any, Any]]
     accuracy: Difference
     likelihood: Difference | None
     categories: dict[str, Difference]
@@ -62,7 +68,10 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, resamples: int = RESAMPLES, seed: int = SEED) -> Comparison:
-    """Compare the results in two folders, row by row. Raises RecipeError where they are not of the same questions."""
+    """Compare the results in two folders, row by row.
+
+    Raises RecipeError where they are not of the same questions, DataError for broken ones.
+    """
     (before, summary), (after, other) = read_results(a), read_results(b)
     for key in SAME:
         if summary.get(key) != other.get(key):
@@ -72,8 +81,9 @@ def compare(a: Path, b: Path, resamples: int = RESAMPLES, seed: int = SEED) -> C
     pairs = [(result, now[result.id]) for result in before if result.id in now]
     if not pairs:
         raise RecipeError(f"compare: no row is in both {a} and {b}\n  Compare answers to the same questions.")
-    if odd := [one.id for one, two in pairs if (one.answer, one.category) != (two.answer, two.category)]:
-        found = f"{len(odd)} rows have another right answer in {b}, the first of them {odd[0]}"
+    upstream = summary["protocol"] == "upstream"  # which prompts each family in its own way
+    if odd := [one.id for one, two in pairs if _asked(one, not upstream) != _asked(two, not upstream)]:
+        found = f"{len(odd)} rows have another question or right answer in {b}, the first of them {odd[0]}"
         raise RecipeError(f"compare: {found}\n  Evaluate both by the same rows.")
     weighed = [(one, two) for one, two in pairs if one.logprobs and two.logprobs]
     overall = summary["overall"]
@@ -84,6 +94,7 @@ def compare(a: Path, b: Path, resamples: int = RESAMPLES, seed: int = SEED) -> C
         summary=summary,
         count=len(pairs),
         alone=(len(before) - len(pairs), len(after) - len(pairs)),
+        otherwise={key: (summary[key], other[key]) for key in TOLD if summary.get(key) != other.get(key)},
         accuracy=_difference(pairs, _right, overall, resamples, rng),
         likelihood=_difference(weighed, _likely, overall, resamples, rng) if weighed else None,
         categories={
@@ -101,6 +112,10 @@ def flipped(found: Comparison) -> dict[str, tuple[int, int]]:
     """By category, how many rows broke and how many were fixed."""
     broken, fixed = (Counter(one.category for one, _ in pairs) for pairs in (found.broken, found.fixed))
     return {category: (broken[category], fixed[category]) for category in sorted({*broken, *fixed})}
+
+
+def _asked(result: Result, prompt: bool) -> tuple[str, ...]:
+    return result.answer, result.category, result.prompt if prompt else ""
 
 
 def _right(result: Result) -> float:

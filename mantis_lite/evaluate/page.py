@@ -18,7 +18,9 @@ from .question import Result
 SIDE = 256
 """Pixels of a picture's longer side."""
 MOST_BYTES = 8_000_000
-"""Of pictures, in base64; rows beyond are counted, and not shown."""
+"""Of text, and of pictures in base64; rows beyond are counted, and not shown."""
+MOST_ROWS = 400
+"""The same, of rows; half are for those that broke, half for those that were fixed."""
 MARK = "<image>"
 
 
@@ -38,8 +40,8 @@ def write_page(found: Comparison, pictures: Callable[[Result], list[Picture]], f
         loader=PackageLoader("mantis_lite.evaluate", "."), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     sections = [
-        ("Right before, wrong now", broken, len(found.broken), left),
-        ("Wrong before, right now", fixed, len(found.fixed), left_fixed),
+        ("Broken, better in A", broken, len(found.broken), left),
+        ("Fixed, better in B", fixed, len(found.fixed), left_fixed),
     ]
     text = environment.get_template("compare.html").render(found=found, flipped=flipped(found), sections=sections)
     write_whole(file, text.encode(errors="backslashreplace"))
@@ -50,9 +52,9 @@ def _rows(
 ) -> tuple[list[Shown], int]:
     """As many rows as there is room for, and how many are left out."""
     shown: list[Shown] = []
-    for before, after in pairs:
+    for before, after in pairs[: MOST_ROWS // 2]:
         links = [_link(picture) for picture in pictures(before)]
-        room -= sum(map(len, links)) + len(before.prompt)
+        room -= sum(map(len, links)) + sum(map(len, (before.prompt, before.raw or "", after.raw or "")))
         if room < 0 and shown:
             break
         shown.append(Shown(_pieces(before.prompt, links), before, after))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import DataError, RecipeError
 from .question import Result
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
+AGAIN = "\n  Evaluate again, with --from-scratch."
 
 
 def line_of(result: Result) -> str:
@@ -24,18 +25,24 @@ def line_of(result: Result) -> str:
 
 
 def read_results(folder: Path) -> tuple[list[Result], dict[str, Any]]:
-    """The results in a folder, and their summary. Raises RecipeError where there are none, DataError for a bad line."""
+    """The results in a folder, and their summary. Raises RecipeError where there are none, DataError for broken ones."""
     file, summary = folder / RESULTS, folder / SUMMARY
     if not (file.is_file() and summary.is_file()):
         remedy = "Run `mantis-lite evaluate` to its end, and name the folder it tells."
         raise RecipeError(f"{folder}: no folder of results\n  {remedy}")
-    results = []
+    results: dict[str, Result] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            results.append(Result(**json.loads(line)))
+            result = Result(**json.loads(line))
+            if result.id in results:
+                raise ValueError(f"the id {result.id} is of a line before")
+            results[result.id] = replace(result, images=tuple(result.images))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{file}:{number}: no result: {error}\n  Evaluate again, with --from-scratch.") from None
-    return results, json.loads(summary.read_text())
+            raise DataError(f"{file}:{number}: no result: {error}{AGAIN}") from None
+    try:
+        return list(results.values()), json.loads(summary.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{summary}: no summary: {error}{AGAIN}") from None
 
 
 def summarise(results: Sequence[Result], overall: str) -> dict[str, Any]:
@@ -59,13 +66,19 @@ def summarise(results: Sequence[Result], overall: str) -> dict[str, Any]:
 def interval(shares: np.ndarray) -> tuple[float, float]:
     """The 95% interval of a mean of shares (N,): Wilson's of what is 0 or 1 (1927), else the normal one.
 
+    Of a single share in between nothing is known but that it is one.
+
     >>> [round(float(bound), 4) for bound in interval(np.array([1.0] * 8 + [0.0] * 2))]
     [0.4902, 0.9433]
     """
     if np.isin(shares, (0, 1)).all():
         found = binomtest(int(shares.sum()), len(shares)).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
-    return _normal(float(shares.mean()), _error(shares))
+    if len(shares) == 1:
+        return 0.0, 1.0
+    mean = float(shares.mean())
+    reach = float(norm.ppf(0.975) * shares.std(ddof=1) / np.sqrt(len(shares)))
+    return max(0.0, mean - reach), min(1.0, mean + reach)
 
 
 def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> dict[str, Any]:
@@ -74,8 +87,7 @@ def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> 
         of[result.category].append(share)
     parts = {category: np.array(of[category]) for category in sorted(of)}
     if overall == "categories":
-        accuracy = float(np.mean([part.mean() for part in parts.values()]))
-        bounds = _normal(accuracy, float(np.sqrt(sum(_error(part) ** 2 for part in parts.values()))) / len(parts))
+        accuracy, bounds = float(np.mean([part.mean() for part in parts.values()])), _of_means(list(parts.values()))
     else:
         accuracy, bounds = float(shares.mean()), interval(shares)
     found: dict[str, Any] = {"accuracy": accuracy, "interval": list(bounds)}
@@ -85,6 +97,17 @@ def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> 
             for category, part in parts.items()
         }
     return found
+
+
+def _of_means(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The interval of the mean of means, from each one's own, which is no point where all are right.
+
+    Variances are recovered from the intervals (Zou, Huang and Zhang 2009, for proportions).
+    """
+    means = np.array([part.mean() for part in parts])
+    low, high = np.array([interval(part) for part in parts]).T
+    down, up = (float(np.sqrt(((means - bound) ** 2).sum())) / len(parts) for bound in (low, high))
+    return float(means.mean()) - down, float(means.mean()) + up
 
 
 def _correct(results: Sequence[Result]) -> np.ndarray:
@@ -98,13 +121,3 @@ def _likeliest(results: Sequence[Result]) -> np.ndarray:
 def likeliest(logprobs: dict[str, float] | None) -> str | None:
     """The letter with the highest log-probability, the first of several."""
     return max(logprobs, key=lambda letter: logprobs[letter]) if logprobs else None
-
-
-def _error(shares: np.ndarray) -> float:
-    """The standard error of their mean."""
-    return float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else 0.0
-
-
-def _normal(mean: float, error: float) -> tuple[float, float]:
-    reach = float(norm.ppf(0.975)) * error
-    return max(0.0, mean - reach), min(1.0, mean + reach)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from ..data.encode import Encoder
 from ..data.sample import Sample
-from ..generate import answer
+from ..generate import answer, refuse_long
 from .jsonlines import JsonLines
+from .trainers import Lasting
 
 GENERATIONS = "generations.jsonl"
 LONGEST = 128
@@ -20,12 +21,17 @@ LONGEST = 128
 
 
 class Generations(TrainerCallback):
-    """Appends the likeliest answer to each sample's last question: step, where, id, prompt, expected, answer."""
+    """Appends the likeliest answer to each sample's last question: step, where, id, prompt, expected, answer.
 
-    def __init__(self, path: Path, model: PreTrainedModel, encoder: Encoder, samples: Sequence[Sample]) -> None:
-        self.lines, self.model, self.encoder = JsonLines(path), model, encoder
+    Made before training; raises SampleError for a sample that leaves its answer no positions.
+    """
+
+    def __init__(self, path: Path, trainer: Lasting, encoder: Encoder, samples: Sequence[Sample]) -> None:
+        self.lines, self.trainer, self.encoder = JsonLines(path), trainer, encoder
         self.samples = [replace(sample, turns=sample.turns[: _answered(sample)]) for sample in samples]
         self.expected = [_text(sample, _answered(sample)) for sample in samples]
+        for sample in self.samples:
+            refuse_long(trainer.model, sample, len(encoder.encode_prompt(sample)), LONGEST)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -36,7 +42,8 @@ class Generations(TrainerCallback):
             return
         for sample, expected in zip(self.samples, self.expected, strict=True):
             prompt = "\n".join(_text(sample, at) for at in range(len(sample.turns)))
-            said = answer(self.model, self.encoder, sample, LONGEST)
+            with self.trainer.accelerator.autocast():  # what trains is in float32, on a base in 16 bits
+                said = answer(self.trainer.model, self.encoder, sample, LONGEST)
             line = {"step": state.global_step, "where": sample.where, "id": sample.id}
             self.lines.append(line | {"prompt": prompt, "expected": expected, "answer": said})
 

@@ -173,8 +173,10 @@ class Run(Plan):
         write_card(folder, contract, self.recipe.run_dir.resolve().name)
 
     def _contract(self, used: Checkpoint) -> Contract:
-        """How what was trained is to be used, with the checkpoint it is used by; and the last of its metrics."""
-        lines = lines_of(self.recipe.run_dir / METRICS)
+        """How what was trained is to be used, with the checkpoint it is used by; and the metrics of its step."""
+        state, went_back = self.trainer.state, self.trainer.args.load_best_model_at_end
+        step = (went_back and state.best_global_step) or state.global_step
+        lines = [line for line in lines_of(self.recipe.run_dir / METRICS) if line["step"] <= step]
         kept = {k: v for line in lines for k, v in line.items() if k == "loss" or k.startswith("eval_")}
         return contract_of(
             "model" if self.recipe.method == "full" else "adapter",
@@ -330,7 +332,7 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
         trainer.add_callback(callback)
     if (held_out := run.prepared.held_out) and (asked := run.recipe.eval.generate):
         samples = [held_out[at] for at in range(min(asked, len(held_out)))]
-        trainer.add_callback(Generations(run_dir / GENERATIONS, trainer.model, run.encoder, samples))
+        trainer.add_callback(Generations(run_dir / GENERATIONS, trainer, run.encoder, samples))
     if fetched_sets(run.prepared.train):
         trainer.add_callback(Ahead(schedule, run.prepared.train))
     if cache:

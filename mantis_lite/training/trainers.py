@@ -54,8 +54,6 @@ log = logging.getLogger("mantis_lite")
 
 SHARED = "shared.json"
 """In a checkpoint of what is in parts: the scheduler, and how many steps the optimizer has taken."""
-
-
 LESS_IS_BETTER = ("loss", "mse", "mae")
 SAVE_STEPS = 500
 """About how often a run saves that keeps its best checkpoint: where it is evaluated, too. transformers' own number."""
@@ -180,7 +178,8 @@ class Lasting(Trainer):
         if self._is_enough:
             self.control.should_save = self.control.should_training_stop = True
             step, better = self.state.global_step, self.state.best_global_step
-            log.warning("step %d ends the run: %s has not been better since step %d", step, name, better)
+            if step < self.state.max_steps:
+                log.warning("step %d ends the run: %s has not been better since step %d", step, name, better)
         return best
 
     @property
