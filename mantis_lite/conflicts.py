@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .recipe import Recipe, Section
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 UNBUILT = {
     "trainable.lr": "one learning rate for all parts: train.learning_rate",
 }
+
+METRICS = {
+    "regression": ("mse", "mae", "spearman", "pearson"),
+    "single_label": ("accuracy", "macro_f1", "auroc"),
+    "multi_label": ("accuracy", "macro_f1", "auroc"),
+}
+"""What a score head is evaluated by beside its loss, by what it scores."""
 
 CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "frame_label")
 
@@ -107,14 +114,6 @@ def _method_conflicts(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def metrics_of(recipe: Recipe) -> tuple[str, ...]:
-    """What an evaluation while training comes to, by name."""
-    if recipe.task != "classify":
-        return ("loss",)
-    of_numbers = recipe.head.problem == "regression"
-    return ("loss", *(("mse", "mae", "spearman", "pearson") if of_numbers else ("accuracy", "macro_f1", "auroc")))
-
-
 def _eval_conflicts(recipe: Recipe) -> Iterator[str]:
     asked = recipe.eval
     if asked.every and recipe.data.eval is None:
@@ -122,15 +121,27 @@ def _eval_conflicts(recipe: Recipe) -> Iterator[str]:
     for key in ("metric", "generate"):
         if getattr(asked, key) and not asked.every:
             yield f"eval.{key}: nothing is evaluated while it trains\n  Set eval.every to a number of steps."
-    if asked.metric is not None and asked.metric not in (known := metrics_of(recipe)):
+    known = "loss", *(METRICS.get(recipe.head.problem or "", ()) if recipe.task == "classify" else ())
+    if asked.metric is not None and asked.metric not in known:
         yield f"eval.metric: {asked.metric} is not among what is evaluated\n  Set one of {', '.join(known)}."
     if asked.patience and asked.metric is None:
         yield "eval.patience: has no effect without a metric that is to get better\n  Set eval.metric=loss."
     for key in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
         if asked.metric is not None and key in recipe.train:
             yield f"train.{key}: has no effect beside eval.metric\n  Leave it out."
+    if asked.metric is not None and asked.every:
+        yield from _saving_conflicts(recipe.train, asked.every)
     if asked.generate and (why := _silent(recipe)):
         yield f"eval.generate: {asked.generate}, but {why}\n  Leave it out; afterwards `mantis-lite evaluate` asks."
+
+
+def _saving_conflicts(train: Mapping[str, Any], every: int) -> Iterator[str]:
+    """Of a run that goes back to its best checkpoint."""
+    steps, how = train.get("save_steps", every), train.get("save_strategy", "steps")
+    if isinstance(steps, int | float) and steps % every:
+        yield f"train.save_steps: {steps}, but eval.metric takes a multiple of eval.every\n  Set it to {every}."
+    if how not in ("steps", "best"):
+        yield f"train.save_strategy: {how}, but eval.metric goes back to what is saved by steps\n  Leave it out."
 
 
 def _silent(recipe: Recipe) -> str | None:

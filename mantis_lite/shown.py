@@ -110,6 +110,8 @@ def show_comparison(found: Comparison) -> None:
             typer.echo(printable(f"  {way} {before.id}: {said[0]} -> {said[1]}, right is {short(before.answer)}"))
         if len(pairs) > FLIPPED:
             typer.echo(f"  and {len(pairs) - FLIPPED:,} more {way}; --html=page.html shows them")
+    for name, (one, two) in found.otherwise.items():
+        typer.echo(f"notice: {name} is {one} for A, and {two} for B")
     if any(found.alone):
         typer.echo(f"notice: rows that only A has, {found.alone[0]:,}; that only B has, {found.alone[1]:,}: left out")
 

@@ -95,6 +95,29 @@ def qbench2(folder: Path) -> Path:
     return parquet(folder / "data/dev-00000-of-00001.parquet", rows).parent
 
 
+def qbench2_lines(folder: Path) -> Path:
+    """The same rows as lines, which name a pair of pictures joined, and a folder of the pictures."""
+    (folder / "all_single_images").mkdir(parents=True)
+    for at in range(7):
+        (folder / f"all_single_images/{at:05d}.jpg").write_bytes(png(at))
+    options = ["The first", "The second", "About the same", "Neither"]
+    rows = [
+        {
+            "type": at % 3,
+            "concern": at % 4,
+            "question": "Which picture is sharper?",
+            "img_path": f"llvisionqa_compare_dev\\{at:05d}.jpg_cat_{at + 1:05d}.jpg.jpg",
+            "candidates": options[: 3 + at % 2],
+            "correct_ans": options[at % 3],
+            "correct_choice": "ABC"[at % 3],
+        }
+        for at in range(6)
+    ]
+    file = folder / "q-bench2-a1-dev.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def blink(folder: Path, answer: str = "(B)") -> Path:
     """Two of its tasks, each a folder of its own, with one to four pictures."""
     for task, pictures in (("Counting", 1), ("Art_Style", 3)):

@@ -13,7 +13,7 @@ from mantis_lite.errors import DataError, RecipeError
 from mantis_lite.evaluate.compare import compare, flipped
 from mantis_lite.evaluate.page import write_page
 from mantis_lite.evaluate.question import Result
-from mantis_lite.evaluate.results import RESULTS, SUMMARY, interval, line_of, read_results, summarise
+from mantis_lite.evaluate.results import RESULTS, SUMMARY, interval, line_of, of_means, read_results, summarise
 
 COUNT = 200
 
@@ -52,9 +52,15 @@ def write(folder: Path, found: list[Result], overall: str = "rows", **more) -> P
 def test_what_is_written_is_read(tmp_path):
     found = [replace(each, raw="\ud83d\u2028 half") for each in results({1, 2})]
     read, summary = read_results(write(tmp_path / "a", found))
-    assert [each.id for each in read] == [each.id for each in found] and summary["count"] == COUNT
-    (tmp_path / "a" / RESULTS).write_text(line_of(found[0]) + '{"id": 3}\n')
-    with pytest.raises(DataError, match=r"results.jsonl:2: no result: .*\n  Evaluate again, with --from-scratch"):
+    assert read == found and summary["count"] == COUNT
+    again = "\n  Evaluate again, with --from-scratch"
+    for line, wrong in (('{"id": 3}\n', ".*"), (line_of(found[0]), "the id row 0 is of a line before")):
+        (tmp_path / "a" / RESULTS).write_text(line_of(found[0]) + line)
+        with pytest.raises(DataError, match=rf"results.jsonl:2: no result: {wrong}{again}"):
+            read_results(tmp_path / "a")
+    (tmp_path / "a" / RESULTS).write_text(line_of(found[0]))
+    (tmp_path / "a" / SUMMARY).write_text("{")
+    with pytest.raises(DataError, match=f"summary.json: no summary: .*{again}"):
         read_results(tmp_path / "a")
     with pytest.raises(RecipeError, match="nowhere: no folder of results\n  Run `mantis-lite evaluate`"):
         read_results(Path("nowhere"))
@@ -66,6 +72,7 @@ def test_intervals_are_the_known_ones():
     for (right, count), bounds in known.items():
         found = interval(np.array([1.0] * right + [0.0] * (count - right)))
         assert found == pytest.approx(bounds, abs=5e-5)
+    assert interval(np.array([0.5])) == (0, 1)
     low, high = interval(np.array([0.2, 0.4, 0.9]))
     assert low < 0.5 < high and high - low == pytest.approx(2 * 1.959964 * np.std([0.2, 0.4, 0.9], ddof=1) / 3**0.5)
 
@@ -78,6 +85,21 @@ def test_a_summary_by_category():
     assert found["interval"][0] < found["accuracy"] < found["interval"][1]
     assert found["likelihood"]["count"] == COUNT / 2 and found["unread"] == 0
     assert summarise(results(right), "rows")["accuracy"] == len(right) / COUNT
+
+
+def test_the_interval_of_a_mean_of_categories():
+    """Of one it is its own, of all right no point; and as often as it says, the truth is in it."""
+    one = [replace(each, category="") for each in results({1, 2, 5}, 20)]
+    assert summarise(one, "categories")["interval"] == pytest.approx(summarise(one, "rows")["interval"])
+    right = [replace(each, category=str(at)) for at, each in enumerate(results(set(range(5)), 5))]
+    low, high = summarise(right, "categories")["interval"]
+    assert high == 1 and low == pytest.approx(1 - (1 - interval(np.ones(1))[0]) / 5**0.5)
+    rng, shares = np.random.default_rng(0), np.array([0.3, 0.6, 0.95])
+    inside = 0
+    for _ in range(1000):
+        low, high = of_means([(rng.random(12) < share).astype(float) for share in shares])
+        inside += low <= shares.mean() <= high
+    assert 930 <= inside <= 985
 
 
 @pytest.mark.parametrize("overall", ["rows", "categories"])
@@ -105,16 +127,37 @@ def test_the_interval_is_that_of_resampled_rows(tmp_path):
     assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.011)
 
 
+def test_few_rows_show_nothing_though_all_moved(tmp_path):
+    """Drawn again, five rows that were fixed are five rows that were fixed."""
+    a, b = (write(tmp_path / name, results(right, 5)) for name, right in (("a", set()), ("b", set(range(5)))))
+    found = compare(a, b).accuracy
+    assert (found.low, found.high, found.p) == (1, 1, 2 / 2**5) and found.verdict.startswith("no difference")
+
+
+def test_how_they_were_asked_is_told(tmp_path):
+    a = write(tmp_path / "a", results({1}), scoring="generate", in_4_bits=[])
+    b = write(tmp_path / "b", results({1}), scoring="likelihood", in_4_bits=["language"])
+    assert compare(a, a).otherwise == {}
+    found = compare(a, b)
+    assert found.otherwise == {"scoring": ("generate", "likelihood"), "in_4_bits": ([], ["language"])}
+    write_page(found, lambda result: [], tmp_path / "page.html")
+    assert "scoring generate (A) and likelihood (B), in_4_bits" in (tmp_path / "page.html").read_text()
+
+
 def test_only_the_same_questions_are_compared(tmp_path):
     a = write(tmp_path / "a", results({1}))
     with pytest.raises(RecipeError, match=r"compare: .*a is of protocol own, and .*b of upstream\n"):
         compare(a, write(tmp_path / "b", results({1}), protocol="upstream"))
     with pytest.raises(RecipeError, match="compare: no row is in both"):
         compare(a, write(tmp_path / "c", [replace(each, id=f"other {each.id}") for each in results({1})]))
-    with pytest.raises(
-        RecipeError, match=r"compare: 1 rows have another right answer in .*d, the first of them row 7\n"
-    ):
-        compare(a, write(tmp_path / "d", [replace(e, answer="B") if e.id == "row 7" else e for e in results({1})]))
+    for name, other in (("answer", {"answer": "B"}), ("prompt", {"prompt": "See <image>."})):
+        odd = write(tmp_path / name, [replace(e, **other) if e.id == "row 7" else e for e in results({1})])
+        wrong = f"compare: 1 rows have another question or right answer in .*{name}, the first of them row 7\n"
+        with pytest.raises(RecipeError, match=wrong):
+            compare(a, odd)
+    ways = [replace(each, prompt="<image> as one family has it") for each in results({1})]
+    upstream = [write(tmp_path / f"u{at}", of, protocol="upstream") for at, of in enumerate((results({1}), ways))]
+    assert compare(*upstream).count == COUNT
     found = compare(a, write(tmp_path / "e", [replace(e, id="new") if e.id == "row 7" else e for e in results({1})]))
     assert found.alone == (1, 1) and found.count == COUNT - 1
 
@@ -133,9 +176,10 @@ class Page(HTMLParser):
 
 def test_a_page_of_what_flipped(tmp_path):
     nasty = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"
-    rows = [replace(e, prompt=f"{nasty} <image>", id=nasty + e.id, raw=f"</dd>{nasty}") for e in results({1, 2, 3})]
-    more = [replace(e, correct=float(at in (2, 3, 5))) for at, e in enumerate(rows)]
-    found = compare(write(tmp_path / "a", rows), write(tmp_path / "b", more))
+    texts = {"prompt": f"{nasty} <image>", "raw": f"</dd>{nasty}", "answer": nasty, "parsed": nasty}
+    rows = [replace(e, id=nasty + e.id, category=nasty + e.category, **texts) for e in results({1, 2, 3})]
+    more = [replace(e, correct=0.25 if at == 5 else float(at in (2, 3))) for at, e in enumerate(rows)]
+    found = compare(write(tmp_path / "a", rows, model=nasty), write(tmp_path / "b", more))
     pictures = lambda result: [PIL.Image.new("RGB", (900, 300), "red")]  # noqa: E731
     write_page(found, pictures, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
@@ -144,9 +188,10 @@ def test_a_page_of_what_flipped(tmp_path):
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(images) == 2 and all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in images)
     assert all("onerror" not in attrs for _, attrs in page.tags) and "http" not in text.replace("http-equiv", "")
-    assert (
-        "&lt;script&gt;" in text and "{{ 7*7 }}" in text and len([1 for tag, _ in page.tags if tag == "article"]) == 2
-    )
+    assert "&lt;script&gt;" in text and "{{ 7*7 }}" in text and "B, worth 0.25" in text
+    assert len([1 for tag, _ in page.tags if tag == "article"]) == 2
+    assert text.index("Broken, better in A: 1") < text.index("row 1, ") < text.index("Fixed, better in B: 1")
+    assert text.index("Fixed, better in B: 1") < text.index("row 5, ")
     write_page(found, pictures, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == text
 
@@ -160,3 +205,7 @@ def test_a_page_has_room_for_so_much(tmp_path, monkeypatch):
     shown = text.count("<article>")
     assert 0 < shown < 100 and f"and {100 - shown} more, for which the page has no room" in text
     assert len(text) < 600_000
+    monkeypatch.setattr("mantis_lite.evaluate.page.MOST_ROWS", 20)
+    write_page(found, lambda result: [], tmp_path / "few.html")
+    text = (tmp_path / "few.html").read_text()
+    assert text.count("<article>") == 10 and "and 90 more, for which the page has no room" in text

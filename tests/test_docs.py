@@ -23,12 +23,13 @@ from mantis_lite.errors import (
     ResumeError,
     Stopped,
 )
+from mantis_lite.evaluate.benchmarks import find as find_benchmark
 from mantis_lite.recipe import load_recipe, recipes_dir
 from mantis_lite.scoring import refuse_others
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gpu_table, reliability_table, results, zips
+from benchmarks import gpu_table, likelihood, reliability_table, results, zips
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,8 +49,13 @@ def test_a_command_of_the_readme_is_one(words, tmp_path, monkeypatch):
         load_recipe(rest[0], ["data=x", *(word for word in rest[1:] if "=" in word)])
     elif command == "predict":  # of a run that a reader has made
         refuse_others(rest[0], [word for word in rest[1:] if not word.startswith("--")])
-    elif command in ("chat", "merge", "push", "serve", "export"):  # of a run or a model that is not here
+    elif command in ("chat", "merge", "push", "serve", "export", "compare"):  # of a run or a model that is not here
         get_command(app).commands[command].make_context(command, rest)
+    elif command == "evaluate":
+        context = get_command(app).commands[command].make_context(command, rest)
+        assert all(
+            word.startswith("data=") or find_benchmark(word.partition("=")[0]) for word in context.params["what"]
+        )
     elif command == "data":  # words in any order, a recipe and its keys first among those that are no options
         context = get_command(app).commands["data"].commands[rest[0]].make_context(rest[0], rest[1:])
         if rest[0] == "prepare":  # else from a hub that is not here
@@ -103,6 +109,11 @@ def test_the_table_of_faults_is_what_was_measured():
 def test_the_table_of_zips_is_what_was_measured():
     figures = json.loads((results.FOLDER / "zips.json").read_text())["figures"]
     assert "\n".join(zips.lines(figures)) in DOCS
+
+
+def test_the_table_of_likelihoods_is_what_was_measured():
+    figures = json.loads((results.FOLDER / "likelihood.json").read_text())["figures"]
+    assert "\n".join(likelihood.lines(figures)) in DOCS
 
 
 def test_exit_codes_of_the_readme_are_those_of_the_errors():

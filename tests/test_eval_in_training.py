@@ -1,6 +1,7 @@
 """Held-out rows while a run trains: their loss, answers to a few, the best checkpoint, and when it is enough."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -199,6 +200,19 @@ def test_a_held_out_loss_holds_a_tile_of_logits(llava_folder, files, tmp_path, m
             "train.greater_is_better: has no effect beside eval.metric",
         ),
         (
+            {"eval": {"every": 2, "metric": "loss"}, "train": {"save_steps": 3}},
+            "train.save_steps: 3, but eval.metric takes a multiple of eval.every\n  Set it to 2.",
+        ),
+        (
+            {"eval": {"every": 2, "metric": "loss"}, "train": {"save_strategy": "epoch"}},
+            "train.save_strategy: epoch, but eval.metric goes back to what is saved by steps",
+        ),
+        (
+            {"eval": {"every": 1, "metric": "f1"}, "task": "classify", "head": {"problem": "regression"}},
+            "eval.metric: f1 is not among what is evaluated\n  Set one of loss, mse, mae, spearman, pearson.",
+        ),
+        ({"data": 5, "eval": {"data": "held.json"}}, "data: input should be a valid dictionary"),
+        (
             {"eval": {"every": 1, "generate": 1}, "memory": {"vision_cache": "disk"}},
             "eval.generate: 1, but memory.vision_cache keeps what pictures come to",
         ),
@@ -244,5 +258,41 @@ def test_a_scores_metric_may_be_the_best(llava_folder, tmp_path):
     assert run.trainer.args.metric_for_best_model == "eval_spearman" and run.trainer.args.greater_is_better
     run.train()
     found = {log["step"]: log["eval_spearman"] for log in logs_of(tmp_path / "run") if "eval_spearman" in log}
-    print("PROBE", found, run.trainer.state.best_metric, run.trainer.state.best_global_step)
-    assert run.trainer.state.best_metric == max(x for x in found.values() if x is not None)
+    best = max(found, key=found.get)
+    assert (run.trainer.state.best_global_step, run.trainer.state.best_metric) == (best, found[best])
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["labels that never change", "scores that are no numbers"])
+def test_a_metric_that_is_not_defined_is_no_better(llava_folder, tmp_path, caplog, broken):
+    rows = [{"images": [{"bytes": picture(at)}], "prompt": "How red?", "label": float(at % 3)} for at in range(6)]
+    held_out = rows[:3] if broken else [row | {"label": 1.0} for row in rows[:3]]
+    data = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "held_out.jsonl", held_out)
+    settings = settings_of(llava_folder, data, tmp_path / "run", 1, metric="spearman", patience=1)
+    run = start(make_recipe(settings | {"task": "classify", "head": {"problem": "regression"}}))
+    if broken:
+        predict = run.trainer.prediction_step
+
+        def not_finite(*args, **kwargs):
+            loss, scores, targets = predict(*args, **kwargs)
+            return loss, scores * math.nan, targets
+
+        run.trainer.prediction_step = not_finite
+    run.train()
+    assert "eval_spearman is not defined in step 1, and counts as no better" in caplog.text
+    assert run.trainer.state.best_global_step is None
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_answers(forks, llava_folder, files, tmp_path):
+    """And both end where one alone would, with the same answers."""
+    asked = {"metric": "loss", "patience": 2, "generate": 2}
+    two = {"gpus": 2, "strategy": "ddp"}
+    for name, launch, ranks in [("one", {}, None), ("two", two, 2)]:
+        settings = settings_of(llava_folder, files, tmp_path / name, 40, **asked)
+        settings["train"]["gradient_accumulation_steps"] = 2
+        settings["packing"] = {"max_length": 160, "balance": 2}
+        done = forks(settings | {"launch": launch}, ranks=ranks)
+        assert done["status"] == 0, done["said"]
+    one, other = (evaluations(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == other.keys() and max(one) < 40 and one == pytest.approx(other, rel=1e-5)
+    assert answers_of(tmp_path / "one") == answers_of(tmp_path / "two")

@@ -171,7 +171,7 @@ def test_a_folder_is_of_one_thing(opened, tmp_path):
 
 
 def test_as_the_originals_wrappers():
-    sample = Sample("row", None, (Turn("user", ("One ", Image(b"1"), " two ", Image(b"2"))),))
+    sample = Sample("row", None, (Turn("user", ("One ", Image(b"1"), " two ", Image(b"2"), " \n")),))
     assert as_upstream(sample, "llava").turns[0].content == ("One ", Image(b"1"), " ", " two ", Image(b"2"), " ")
     assert as_upstream(sample, "idefics2").turns[0].content == (Image(b"1"), Image(b"2"), "One \n two ")
     assert as_upstream(sample, "fuyu") == sample

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mantis_lite.evaluate import mvbench, nlvr2
-from mantis_lite.evaluate.mantis_rows import parse, right
+from mantis_lite.data.columns import Fault
+from mantis_lite.evaluate import blink, mvbench, nlvr2
+from mantis_lite.evaluate.mantis_rows import letter_of, parse, right
 from mantis_lite.evaluate.parsing import bare, choice, labelled, upstream_choice
 from mantis_lite.evaluate.question import Question
 
@@ -27,7 +28,8 @@ ANSWERS = [
     ("It is small. The answer is (C).", "C", "C"),
     ("Answer: A. Final answer: B", "B", "B"),  # the last is meant; the original looks for "final answer:" first
     ("Final answer: A. No, the answer is B", "B", "A"),
-    ("The answer is A. Answer: C", "C", "C"),
+    ("The answer is A. Answer: C", "C", "A"),  # its pattern "Answer: [A-Z]" is looked for at the beginning alone
+    ("The answer is Answer: C", "C", "C"),
     ("The correct answer is C because it barks", "C", None),
     # Words that are no letters: the original takes the first letter of any.
     ("A cat", None, "A"),
@@ -47,7 +49,11 @@ ANSWERS = [
     ("dark red", "B", "B"),
     ("It is red", "A", None),
     ("It is dark red.", "B", None),
-    ("Red", "A", "A"),
+    ("Red", "A", None),  # and by the same capitals
+    ("The answer is red", "A", None),  # and without what announces it
+    ("red, and the rest is a dog", "A", None),
+    ("B\n\nThe first, A, is red", "B", "B"),
+    ("\u00e9l\u00e9phant, so B", "B", None),
     ("The dog: a dog", "C", None),
     ("red or a dog", None, None),
     # A letter within a sentence.
@@ -64,6 +70,17 @@ ANSWERS = [
     ("Either (A) or (B)", None, None),
     ("(A) and (C)", None, "A"),
     ("A, B", None, "A"),
+    ("A\nB", None, "A"),
+    ("The answer is A or B", None, "A"),
+    ("Answer: (A) and (B)", None, "A"),
+    ("Both A and B", None, "B"),
+    ("Of A and B the first is smaller, so C", "C", None),
+    # What is denied.
+    ("It is not B", None, None),
+    ("Not A", None, None),
+    ("Neither A nor B", None, None),
+    ("This isn't red, but C", "C", None),
+    ("(A), not (B)", "A", "A"),
     ("(B) is right, as (A) is small", "B", "B"),
     ("Maybe B, maybe C, who knows", None, None),
     ("", None, None),
@@ -104,6 +121,8 @@ def question(kind: str, answer: str, *options: str) -> Question:
         ("true or false", None, None),
         ("(A)", "A", "A"),
         ("Absolutely true", "B", "A"),
+        ("It is not true.", None, "B"),
+        ("untrue", None, "B"),
         ("The statement is not what I see", None, None),
     ],
 )
@@ -139,12 +158,54 @@ def test_a_clips_letter(said, own, upstream):
         ("Final answer: one, no. Final Answer: two.", 1, 0),
         ("two dogs", 0, 0),
         ("", 0, 0),
+        ("(Two)", 0, 0),
     ],
 )
 def test_an_answer_in_words(said, own, upstream):
     asked = question("short", "Two")
     assert right(parse(said, asked, "own"), asked, "own") == own
     assert right(parse(said, asked, "upstream"), asked, "upstream") == upstream
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "upstream"),
+    [
+        ("A", "A", "A"),
+        ("(B)", "B", "B"),
+        ("The answer is (B)", "B", "B"),
+        ("The answer is (B).", "B", None),  # a word by itself is looked for
+        ("B.", "B", None),
+        ("b", "B", None),
+        ("Of (A) and (B) it is\n\nthe second: (B)", None, "B"),  # the last paragraph has one
+        ("(C)\n\nThat is all.", "C", "C"),
+        ("Either (A) or (B)", None, None),
+        ("(D)", None, None),
+        ("dark red", "B", None),
+        ("", None, None),
+    ],
+)
+def test_blinks_own_code_looks_for_brackets(said, own, upstream):
+    asked = question("choice", "B", *THREE)
+    assert (blink.parse(said, asked, "own"), blink.parse(said, asked, "upstream")) == (own, upstream)
+
+
+def test_options_of_one_word_or_letter_and_those_that_deny():
+    assert [choice(said, ("Yes", "No")) for said in ("Yes, there is no dog", "No, it is not", "no", "Perhaps")] == [
+        *("A", "B", "B"),
+        None,
+    ]
+    assert choice("A cat, I think", "ABC") is None and choice("I see B", "ABC") == "B"
+    assert choice("It is not moving", ("It is moving", "It is not moving")) == "B"
+
+
+def test_a_right_answer_is_a_letter():
+    wanted = {"B": "B", "(B)": "B", "b": "B", "(B) dark red": "B", "C. a dog": "C"}
+    assert {given: letter_of(given, THREE) for given in wanted} == wanted
+    for given in ("dark red", "D", "hidden", "BC", "()", "a dog"):
+        with pytest.raises(Fault):
+            letter_of(given, THREE)
+    asked = question("short", "(2)")
+    assert [right("2", asked, protocol) for protocol in ("own", "upstream")] == [0, 1]
 
 
 def test_options_with_letters_and_without():

@@ -92,6 +92,24 @@ def test_qbench2s_unused_options_are_none(tmp_path):
     )
 
 
+def test_qbench2s_lines_are_the_same_questions(tmp_path):
+    _, columns = made("qbench2", tmp_path / "columns")
+    lines = find("qbench2").read(str(benchmarks_made.qbench2_lines(tmp_path / "lines")), "own")
+    assert [(shown(q.sample), q.answer, q.options, q.category) for q in lines] == [
+        (shown(q.sample), q.answer, q.options, q.category) for q in columns
+    ]
+    assert [image.source.name for image in lines[1].sample.images] == ["00001.jpg", "00002.jpg"]
+    hidden = tmp_path / "lines/q-bench2-a1-test.jsonl"
+    hidden.write_text(
+        "".join(
+            json.dumps({key: value for key, value in json.loads(line).items() if "correct" not in key}) + "\n"
+            for line in (tmp_path / "lines/q-bench2-a1-dev.jsonl").read_text().splitlines()
+        )
+    )
+    with pytest.raises(SampleError, match=r"the answer is 'hidden', of 3 options\n.* hidden cannot be scored"):
+        find("qbench2").read(str(hidden), "own")
+
+
 def test_blinks_prompts_are_its_own_and_tasks_count_alike(tmp_path):
     benchmark, questions = made("blink", tmp_path)
     assert [len(q.sample.images) for q in questions] == [3] * 4 + [1] * 2

@@ -122,15 +122,17 @@ def named(image: Image) -> str:
 def as_upstream(sample: Sample, model_type: str) -> Sample:
     """The sample as the original's wrappers around a model hand it on.
 
-    Idefics2's has all pictures first and joins the texts by a line's end; the LLaVA-style one's has a blank behind each
-    picture (TIGER-AI-Lab/Mantis, mantis/mllm_tools).
+    Texts of nothing but blanks are dropped. Idefics2's has all pictures first and joins the texts by a line's end; the
+    LLaVA-style one's has a blank behind each picture (TIGER-AI-Lab/Mantis, mantis/mllm_tools).
     """
     (turn,) = sample.turns
-    content: list = list(turn.content)
+    content: list = [part for part in turn.content if not isinstance(part, str) or part.strip("\n ")]
+    if model_type not in ("idefics2", "llava"):
+        return sample
     if model_type == "idefics2":
         texts = [part for part in content if isinstance(part, str)]
         content = [*(part for part in content if not isinstance(part, str)), "\n".join(texts)]
-    elif model_type == "llava":
+    else:
         content = [each for part in content for each in ([part] if isinstance(part, str) else [part, " "])]
     return replace(sample, turns=(Turn("user", tuple(content)),))
 

@@ -94,7 +94,7 @@ def compare(a: Path, b: Path, resamples: int = RESAMPLES, seed: int = SEED) -> C
         summary=summary,
         count=len(pairs),
         alone=(len(before) - len(pairs), len(after) - len(pairs)),
-        otherwise={key: (summary[key], other[key]) for key in TOLD if summary.get(key) != other.get(key)},
+        otherwise={key: (summary.get(key), other.get(key)) for key in TOLD if summary.get(key) != other.get(key)},
         accuracy=_difference(pairs, _right, overall, resamples, rng),
         likelihood=_difference(weighed, _likely, overall, resamples, rng) if weighed else None,
         categories={

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from .benchmark import Benchmark, Metrics
 from .mantis_rows import parse, read_rows, right
-from .question import Result
+from .question import Protocol, Question, Result
+
+
+def kind_of_row(raw: str | None, question: Question, protocol: Protocol) -> dict[str, Any]:
+    return {"question_type": "multi-choice" if question.kind == "choice" else "short-answer"}
 
 
 def by_kind(results: Sequence[Result]) -> Metrics:
-    """The accuracy of each kind of question: a choice's answer is one capital."""
+    """The accuracy of each kind of question."""
     of: defaultdict[str, list[float]] = defaultdict(list)
     for result in results:
-        is_choice = len(result.answer) == 1 and result.answer.isupper()
-        of["multi-choice" if is_choice else "short-answer"].append(result.correct)
+        assert result.scores is not None
+        of[result.scores["question_type"]].append(result.correct)
     return {kind: sum(shares) / len(shares) for kind, shares in sorted(of.items())}
 
 
@@ -25,6 +30,7 @@ MANTIS_EVAL = Benchmark(
     read=lambda source, protocol: read_rows(source, "mantis_eval", "test"),
     parse=parse,
     right=right,
+    scores=kind_of_row,
     more=by_kind,
     max_new_tokens=512,
     differences=(

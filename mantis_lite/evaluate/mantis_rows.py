@@ -12,7 +12,7 @@ from ..data.sample import Image, Sample, Turn
 from ..data.source import Rows, open_source
 from ..errors import SampleError
 from ..recipe import SourceRecipe
-from .parsing import bare, choice, labelled, upstream_choice, upstream_text
+from .parsing import LABEL, bare, choice, labelled, upstream_choice, upstream_text
 from .question import Protocol, Question
 
 LETTER_ALONE = "Answer with the option's letter from the given choices directly."
@@ -89,9 +89,10 @@ def options_under(options: Sequence[str]) -> str:
 
 
 def letter_of(answer: str, options: Sequence[str]) -> str:
-    """The right letter, which a row gives as "B" or "(B)". Raises Fault."""
-    letter = answer.strip("()\n ")[:1].upper()
-    if len(options) < 2 or letter not in ascii_uppercase[: len(options)] or not letter:
+    """The right letter, which a row gives as "B", "(B)" or "(B) a dog". Raises Fault."""
+    alone, before = answer.strip("()\n "), LABEL.match(answer)
+    letter = before[1] if before else alone.upper()
+    if len(options) < 2 or letter not in set(ascii_uppercase[: len(options)]):
         remedy = "Give the letter of one of its options, as B; answers that are hidden cannot be scored."
         raise Fault(f"the answer is {short(answer)}, of {len(options)} options", remedy)
     return letter
@@ -113,8 +114,9 @@ LEAD = "final answer:"
 
 
 def right(parsed: str | None, question: Question, protocol: Protocol) -> float:
-    """Whether the letter is the right one, or the words are, upper or lower case."""
-    return float(parsed is not None and parsed.lower() == question.answer.strip().lower())
+    """Whether the letter is the right one, or the words are, upper or lower case; the original strips brackets too."""
+    wanted = question.answer.strip("()\n " if protocol == "upstream" else None)
+    return float(parsed is not None and parsed.lower() == wanted.lower())
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

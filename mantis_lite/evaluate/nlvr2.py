@@ -19,9 +19,9 @@ def read(source: str, protocol: Protocol) -> list[Question]:
 
 
 def parse(raw: str, question: Question, protocol: Protocol) -> str | None:
-    """The letter; where none is read, the one of true and false that the answer has in it."""
+    """The letter; by the original, where none is read, that of true or false if one is in it, as in "untrue"."""
     found = parse_row(raw, question, protocol)
-    if found is not None:
+    if found is not None or protocol == "own":
         return found
     said = [word for word in ("true", "false") if word in raw.lower()]
     texts = [option.lower() for option in question.options]
@@ -51,5 +51,8 @@ NLVR2 = Benchmark(
     right=right,
     more=consistency,
     max_new_tokens=32,
-    differences=("a letter is read from what the answer says, and not from the first letter of its first word",),
+    differences=(
+        "a letter is read from what the answer says, and not from the first letter of its first word",
+        "true and false are words, which 'untrue' and 'not true' do not say",
+    ),
 )

@@ -25,7 +25,7 @@ def line_of(result: Result) -> str:
 
 
 def read_results(folder: Path) -> tuple[list[Result], dict[str, Any]]:
-    """The results in a folder, and their summary. Raises RecipeError where there are none, DataError for broken ones."""
+    """The results in a folder, and their summary. Raises RecipeError for none, DataError for broken ones."""
     file, summary = folder / RESULTS, folder / SUMMARY
     if not (file.is_file() and summary.is_file()):
         remedy = "Run `mantis-lite evaluate` to its end, and name the folder it tells."
@@ -87,7 +87,7 @@ def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> 
         of[result.category].append(share)
     parts = {category: np.array(of[category]) for category in sorted(of)}
     if overall == "categories":
-        accuracy, bounds = float(np.mean([part.mean() for part in parts.values()])), _of_means(list(parts.values()))
+        accuracy, bounds = float(np.mean([part.mean() for part in parts.values()])), of_means(list(parts.values()))
     else:
         accuracy, bounds = float(shares.mean()), interval(shares)
     found: dict[str, Any] = {"accuracy": accuracy, "interval": list(bounds)}
@@ -99,7 +99,7 @@ def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> 
     return found
 
 
-def _of_means(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+def of_means(parts: Sequence[np.ndarray]) -> tuple[float, float]:
     """The interval of the mean of means, from each one's own, which is no point where all are right.
 
     Variances are recovered from the intervals (Zou, Huang and Zhang 2009, for proportions).

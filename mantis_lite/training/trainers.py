@@ -24,11 +24,12 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutpu
 from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
+from ..conflicts import METRICS
 from ..data.encode import IGNORE
 from ..data.labels import Labels
 from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError
-from ..metrics import score_metrics
+from ..metrics import Metrics, score_metrics
 from ..models.activations import tile_loss
 from ..models.head import score_loss
 from ..models.load import loader_workers, working_dtype
@@ -379,7 +380,8 @@ class ScoreTrainer(Lasting):
         scores, targets = torch.from_numpy(found.predictions), torch.from_numpy(found.label_ids)
         config = self.model.config
         loss = score_loss(scores, targets, config.problem_type, config.class_weights)
-        return {"loss": loss.item()} | score_metrics(self.labels, found.predictions, found.label_ids)
+        undefined: Metrics = dict.fromkeys(METRICS[self.labels.problem])  # as all are, of scores that are no numbers
+        return {"loss": loss.item()} | undefined | score_metrics(self.labels, found.predictions, found.label_ids)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
         """Known targets of a step's packs: the trainer's own count takes NaN for a number, and -100.0 for none."""

@@ -1,0 +1,122 @@
+"""Choosing among options: a prompt that is read once for all of them, against each option alone, and a written answer.
+
+    python -m benchmarks.likelihood [--questions 32] [--repeats 5]
+
+Tiny Mantis, on drawn rows of several pictures, each with four options of about ten tokens. Ways run in turn, and those
+that score these options must find the same log-probabilities within 1e-3. Written answers end where the model ends
+them, and are of 32 tokens at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from mantis_lite.agreement import logits_of
+from mantis_lite.chat import MantisChat
+from mantis_lite.data.encode import Encoder
+from mantis_lite.data.sample import Image, Sample, Turn
+from mantis_lite.evaluate.asking import continuation
+from mantis_lite.generate import ends_of
+from mantis_lite.prefill import greedy, log_likelihoods, read
+from mantis_lite.tiny.pictures import THINGS
+from mantis_lite.tiny.tasks import drawn
+
+from . import results
+
+OPTIONS = 4
+
+
+def questions(count: int) -> list[tuple[Sample, list[str]]]:
+    """Drawn pictures with four sentences of which to choose."""
+    made = []
+    for at in range(count):
+        rng = random.Random(at)
+        _, pictures = drawn(6 * at)  # the first kind: what is in each of several pictures
+        options = [f"all of them show {thing}" for thing in rng.sample(list(THINGS), OPTIONS)]
+        turn = Turn("user", (*map(Image, pictures), "What is it that they show?"))
+        made.append((Sample(f"question {at}", None, (turn,)), options))
+    return made
+
+
+def once(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Sample, list[str]]]) -> list[list[float]]:
+    prompts = read(model, encoder, [encoder.encode_prompt(sample) for sample, _ in asked])
+    ids = [[continuation(encoder, option) for option in options] for _, options in asked]
+    return log_likelihoods(model, prompts, ids)
+
+
+def letters(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Sample, list[str]]]) -> list[list[float]]:
+    return once(model, encoder, [(sample, list("ABCD")) for sample, _ in asked])
+
+
+def alone(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Sample, list[str]]]) -> list[list[float]]:
+    found = []
+    for sample, options in asked:
+        scores = []
+        for option in options:
+            answered = replace(sample, turns=(*sample.turns, Turn("assistant", (option,))))
+            ids = torch.tensor(continuation(encoder, option))
+            logits = logits_of(model, encoder, [answered])[: len(ids)]
+            scores.append(logits.log_softmax(-1).gather(1, ids[:, None]).sum().item())
+        found.append(scores)
+    return found
+
+
+def written(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Sample, list[str]]]) -> None:
+    prompts = read(model, encoder, [encoder.encode_prompt(sample) for sample, _ in asked])
+    greedy(model, prompts, ends_of(model, encoder), 32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    chat = MantisChat("tiny")
+    asked = questions(given.questions)
+    ways: dict[str, Callable] = {"letters": letters, "once": once, "alone": alone, "written": written}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(given.repeats):
+        found = {}
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            found[name] = way(chat.model, chat.encoder, asked)
+            seconds[name].append(time.perf_counter() - begun)
+        np.testing.assert_allclose(found["once"], found["alone"], atol=1e-3)
+    per_second = {
+        name: {
+            kind: given.questions / float(of(times))
+            for kind, of in (("median", np.median), ("worst", max), ("best", min))
+        }
+        for name, times in seconds.items()
+    }
+    figures = {"questions": given.questions, "options": OPTIONS, "repeats": given.repeats, "a_second": per_second}
+    print("\n".join(lines(figures)))
+    results.write("likelihood", figures)
+
+
+def lines(figures: dict) -> list[str]:
+    """The table of the docs."""
+    said = {
+        "letters": "a prompt read once, its options' letters scored",
+        "once": "a prompt read once, options of ten tokens scored",
+        "alone": "a prompt read with each option of ten tokens",
+        "written": "a prompt read once, and an answer written",
+    }
+    rows = [
+        f"| {said[name]} | {of['median']:.1f} | {of['worst']:.1f} to {of['best']:.1f} |"
+        for name, of in figures["a_second"].items()
+    ]
+    return ["| way | questions a second, median | least to most |", "|---|---|---|", *rows]
+
+
+if __name__ == "__main__":
+    main()
