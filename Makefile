@@ -23,7 +23,7 @@ test: .venv/installed
 	touch $@
 
 # lmms-eval, which asks our models its way, with what it imports: beside our own versions, some of which it rules out.
-LMMS := chardet colorama dataproperty evaluate filelock==3.20.3 kernels==0.17.2 lmms-eval==0.7.3 loguru lxml \
+LMMS := chardet colorama dataproperty evaluate filelock==3.20.3 lmms-eval==0.7.3 loguru lxml \
 	mbstrdecoder pathvalidate portalocker pytablewriter pytz sacrebleu tabledata tabulate tcolorpy tenacity typepy
 
 .venv/lmms: .venv/installed

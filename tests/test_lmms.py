@@ -128,6 +128,101 @@ def chosen(row: dict) -> int:
     return max(range(3), key=scores.__getitem__)
 
 
+PROBE = """
+import io, json, logging, sys
+import PIL.Image
+from lmms_eval.api.instance import Instance
+from lmms_eval.models import get_model
+from mantis_lite.tiny.tasks import drawn
+
+METADATA = {"task": "t", "doc_id": 0, "repeats": 1}
+heard = []
+logging.getLogger("mantis_lite").addHandler(logging.Handler())
+logging.getLogger("mantis_lite").handlers[-1].emit = lambda record: heard.append(record.getMessage())
+exercise, files = drawn(1)
+pictures = [PIL.Image.open(io.BytesIO(file)) for file in files]
+open("p.png", "wb").write(files[0])
+classes = [get_model("mantis_lite", force_simple=force) for force in (True, False)]
+simple, chat = (made.create_from_arg_string("pretrained=tiny") for made in classes)
+simple.task_dict = chat.task_dict = {"t": {"s": [{}]}}
+
+def asked(model, kind, *args, times=4):
+    try:
+        found = getattr(model, kind)([Instance(kind, args, 0, METADATA) for _ in range(times)])
+        return [getattr(each, "text", each) for each in found]
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+def written(settings, media=pictures, text=exercise.question, times=4):
+    settings = {"max_new_tokens": 8} | settings
+    return asked(simple, "generate_until", text, settings, lambda doc: media, 0, "t", "s", times=times)
+
+def said(*content):
+    messages = lambda doc: [{"role": "user", "content": [*content, {"type": "text", "text": exercise.question}]}]
+    return asked(chat, "generate_until", "", messages, {"max_new_tokens": 8}, 0, "t", "s")
+
+def weighed(*args):
+    return asked(simple, "loglikelihood", *args)
+
+def begun(words):
+    try:
+        get_model("mantis_lite").create_from_arg_string(f"pretrained=tiny,{words}")
+    except ValueError as error:
+        return str(error)
+
+image = {"type": "image", "url": pictures[0]}
+print(json.dumps({
+    "plain": written({}),
+    "nothing drawn": written({"temperature": 0, "top_p": 0, "num_beams": 1, "do_sample": False}),
+    "drawn": written({"do_sample": True, "temperature": 2.0}, times=32),
+    "drawn without a temperature": written({"do_sample": True}),
+    "beams": [written({"num_beams": 1}), written({"num_beams": 5})],
+    "heard": list(heard),
+    "until": written({"until": ["e"]}),
+    "path": written({}, ["p.png"]),
+    "same": written({}, pictures[:1]),
+    "too many marks": written({}, pictures[:1], "<image> and <image>?"),
+    "no clip": written({}, [{"type": "video", "url": "a.mp4", "video_start": 1, "video_end": 2}]),
+    "unknown": written({}, [3]),
+    "message": said(image), "message by path": said({"type": "image", "url": "p.png"}),
+    "clip": said({"type": "video", "url": {"type": "video", "url": "a.mp4", "video_end": 2}}),
+    "audio": said({"type": "audio", "url": "a.wav"}),
+    "empty": weighed(exercise.question, "", lambda doc: pictures, 0, "t", "s"),
+    "alone": weighed("", "red"),
+    "rounds": asked(simple, "generate_until_multi_round"),
+    "auto": begun("batch_size=auto"), "none": begun("batch_size=0"), "device": begun("device=cuda:3"),
+}))
+"""
+
+
+def test_what_tasks_may_ask_for(tmp_path):
+    environ = os.environ | {"PYTHONPATH": str(LMMS), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", PROBE], env=environ, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["nothing drawn"] == found["plain"] == found["plain"][:1] * 4
+    assert len(set(found["drawn"])) > 1 and isinstance(found["drawn without a temperature"], list)
+    (notice,) = found["heard"]
+    assert notice == "lmms-eval: num_beams=5 is left out; answers are the likeliest, or drawn"
+    assert found["until"][0] == found["plain"][0].partition("e")[0].strip()
+    assert found["path"] == found["same"] and found["message"] == found["message by path"] == found["same"]
+    told = {
+        "too many marks": "SampleError: t:0: ",
+        "no clip": "SampleError: t:0: no such file: a.mp4",
+        "clip": "SampleError: t:0: no such file: a.mp4",
+        "unknown": "RecipeError: lmms-eval: a task gives int\n  Leave it out",
+        "audio": "RecipeError: lmms-eval: a task gives audio\n  Leave it out",
+        "empty": "SampleError: t:0: a continuation is empty\n  Leave the task out.",
+        "alone": "RecipeError: lmms-eval: acc_mutual_info weighs choices without their question",
+        "rounds": "RecipeError: lmms-eval: tasks of several rounds are not asked",
+        "auto": "--batch_size: expected a number, found auto",
+        "none": "--batch_size: expected a number, found 0",
+        "device": "--device: cuda:3, and the model is on cpu",
+    }
+    for name, words in told.items():
+        assert found[name].startswith(words), (name, found[name])
+
+
 def test_arguments_that_are_none(task, tmp_path):
     folder, _ = task
     ran = asked(folder, tmp_path, "--tasks", "made_written", "--model_args", "pretrained=tiny,use_flash=True")
