@@ -9,16 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_classify
 import torch
+from clips_made import make
 from helpers import chat, picture, write_rows
 
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.errors import DataError, DiskError, RecipeError
 from mantis_lite.evaluate.asking import Asking, as_upstream, ask, batches, continuation
 from mantis_lite.evaluate.benchmark import Benchmark
+from mantis_lite.evaluate.compare import compare
 from mantis_lite.evaluate.evaluation import evaluate, open_model
+from mantis_lite.evaluate.pictures import pictures_of
 from mantis_lite.evaluate.question import Question
+from mantis_lite.evaluate.results import read_results
 from mantis_lite.evaluate.run import run
+from mantis_lite.recipe import make_recipe
+from mantis_lite.scoring import predict
+from mantis_lite.training.run import start
 
 COUNT = 23
 
@@ -217,6 +225,46 @@ def test_rows_whose_answers_are_letters_are_choices(llava_folder, tmp_path):
     (found,) = run(str(llava_folder), [f"data={data}"], scoring="both", to=tmp_path / "out")
     assert [row["answer"] for row in lines(tmp_path / "out")] == list("ABCABC")
     assert found.summary["more"].keys() == {"loss"} and "likelihood" in found.summary
+
+
+def test_rows_with_clips_are_asked_of_any_model(llava_folder, tmp_path):
+    """Of a model that was not trained here, the rows say that they have clips; a page has their frames."""
+    make(tmp_path / "a.mp4")
+    rows = [{"video": "a.mp4", "messages": chat(f"{at} <video>?", "It moves.")["messages"]} for at in range(3)]
+    (tmp_path / "clips.json").write_text(json.dumps(rows))
+    data = [f"data={tmp_path / 'clips.json'}"]
+    (found,) = run(str(llava_folder), data, to=tmp_path / "out", max_new_tokens=3)
+    assert [row["prompt"] for row in lines(tmp_path / "out")] == [f"{at} <image>?" for at in range(3)]
+    results, summary = read_results(tmp_path / "out")
+    assert found.summary["task"] == "video" and len(pictures_of(summary)(results[0])) == 8
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label", "multi_label"])
+def test_rows_with_labels_are_scored(llava_folder, tmp_path, problem):
+    data = test_classify.write(tmp_path / "rows.json", test_classify.LABELS[problem])
+    trained = start(make_recipe(test_classify.settings_of(llava_folder, data, tmp_path / "run", problem)))
+    trained.train()
+    (found,) = run(str(tmp_path / "run"), [f"data={data}"])
+    assert found.folder == tmp_path / "run/evaluate/labels"
+    expected = predict(tmp_path / "run", [f"data={data}"], metrics=True)
+    assert found.summary["more"] == expected.metrics
+    rows = lines(found.folder)
+    assert len(rows) == 12 and all((row["parsed"] == row["answer"]) == row["correct"] for row in rows)
+    if problem != "regression":
+        assert found.summary["accuracy"] == pytest.approx(expected.metrics["accuracy"])
+    assert compare(found.folder, found.folder).accuracy.gain == 0
+    with pytest.raises(RecipeError, match="has a score head, which answers no benchmark's questions\n"):
+        list(run(str(tmp_path / "run"), [f"data={data}", "nlvr2"]))
+    with pytest.raises(RecipeError, match="scores, and does not answer\n"):
+        open_model(str(tmp_path / "run"), "own", None)
+
+
+def test_weights_in_4_bits_are_another_model(llava_folder, tmp_path):
+    opened = open_model(str(llava_folder), "own", 4)
+    found = evaluate(opened, made(), to=tmp_path / "out")
+    assert found.summary["in_4_bits"] == ["language_model"]
+    with pytest.raises(RecipeError, match="asked for otherwise: in_4_bits\n"):
+        evaluate(open_model(str(llava_folder), "own", 16), made(), to=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL.Image import Image as Picture
 
 from ..chat import FRAMES
 from ..data.frames import Frames
+from ..data.mixture import sources_of_all
 from ..data.sample import Sample
 from ..data.source import open_source
 from ..recipe import DataRecipe, MediaRecipe
@@ -35,7 +36,8 @@ def _asked(summary: Mapping[str, Any]) -> Callable[[str], Sample]:
 
 def _own(summary: Mapping[str, Any]) -> Callable[[str], Sample]:
     data = DataRecipe.model_validate(summary["data"])
-    opened = [open_source(source, summary["task"], data.outside, data.urls) for source in data.sources]
+    sources = sources_of_all(data, summary["task"])
+    opened = [open_source(source, summary["task"], data.outside, data.urls) for source in sources]
     places = {rows.where(at): (rows, at) for rows in opened for at in range(len(rows))}
 
     def sample(name: str) -> Sample:

@@ -20,11 +20,14 @@ from transformers import PreTrainedModel
 
 from ..data.collate import Batch, collate
 from ..data.encode import IGNORE, Encoder
+from ..data.mixture import sources_of_all
 from ..data.prepare import Samples, read_rows
 from ..data.sample import Turn
 from ..data.schedule import pack_epoch
+from ..data.shards import are_shards
+from ..data.source import open_source
 from ..models.load import loader_workers, placed
-from ..recipe import PackingRecipe, Recipe
+from ..recipe import PackingRecipe, Recipe, Task
 from .benchmark import Benchmark, Metrics
 from .parsing import choice
 from .question import Kind, Protocol, Question, Result
@@ -49,7 +52,8 @@ def own_rows(recipe: Recipe, encoder: Encoder, model: PreTrainedModel) -> Benchm
     Its accuracy is that of choices where all answers are letters, else of answers to the letter; besides it has ROUGE-L
     and ANLS, and the loss, a mean over the answers' tokens. Raises SampleError, FitError, DataError.
     """
-    samples = read_rows(recipe.data, recipe.packing, encoder, recipe.task).train
+    task = _task_of(recipe)
+    samples = read_rows(recipe.data, recipe.packing, encoder, task).train
     files = [Path(source.path).name.partition(".")[0] for source in recipe.data.sources]
     questions = _questions(samples)
     return Benchmark(
@@ -61,8 +65,15 @@ def own_rows(recipe: Recipe, encoder: Encoder, model: PreTrainedModel) -> Benchm
         scores=_near,
         more=partial(_means, partial(loss, model, encoder, samples, recipe.packing)),
         max_new_tokens=256,
-        told={"data": recipe.data.model_dump(mode="json"), "task": recipe.task},
+        told={"data": recipe.data.model_dump(mode="json"), "task": task},
     )
+
+
+def _task_of(recipe: Recipe) -> Task:
+    """How rows are read: as those trained on were; but a model that nothing is said of may be asked about clips."""
+    sources = [source for source in sources_of_all(recipe.data, recipe.task) if not are_shards(source.path)]
+    first = [open_source(source, "video").row(0) for source in sources]
+    return "video" if any(row.get("video") or row.get("videos") for row in first) else recipe.task
 
 
 @torch.no_grad()
