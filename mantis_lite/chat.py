@@ -68,7 +68,7 @@ class MantisChat:
     @property
     def history(self) -> list[dict[str, str]]:
         """What was said, by whom; pictures and clips as the marks they stand at."""
-        return [{"role": turn.role, "text": _shown(turn)} for turn in self.turns]
+        return [{"role": turn.role, "text": turn.shown} for turn in self.turns]
 
     def __call__(
         self,
@@ -267,8 +267,3 @@ def _path(source: Path | bytes | Zipped) -> str:
     if not isinstance(source, Path):
         raise SampleError("save", "a picture was given as bytes, and has no path", "Give pictures by their paths.")
     return str(source.absolute())
-
-
-def _shown(turn: Turn) -> str:
-    marks = {Image: "<image>", Video: "<video>"}
-    return "".join(part if isinstance(part, str) else marks[type(part)] for part in turn.content)

@@ -234,7 +234,7 @@ def test_rows_with_clips_are_asked_of_any_model(llava_folder, tmp_path):
     (tmp_path / "clips.json").write_text(json.dumps(rows))
     data = [f"data={tmp_path / 'clips.json'}"]
     (found,) = run(str(llava_folder), data, to=tmp_path / "out", max_new_tokens=3)
-    assert [row["prompt"] for row in lines(tmp_path / "out")] == [f"{at} <image>?" for at in range(3)]
+    assert [row["prompt"] for row in lines(tmp_path / "out")] == [f"{at} <video>?" for at in range(3)]
     results, summary = read_results(tmp_path / "out")
     assert found.summary["task"] == "video" and len(pictures_of(summary)(results[0])) == 8
 

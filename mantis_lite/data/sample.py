@@ -50,6 +50,12 @@ class Turn:
     role: Role
     content: tuple[str | Image | Video, ...]
 
+    @property
+    def shown(self) -> str:
+        """Its text, with "<image>" and "<video>" where pictures and clips stand."""
+        marks = {True: "<video>", False: "<image>"}
+        return "".join(part if isinstance(part, str) else marks[isinstance(part, Video)] for part in self.content)
+
 
 class Written(NamedTuple):
     """What an encoder has written a sample out as: ids (T,), labels (T,), and for each picture its first token and the

@@ -107,9 +107,8 @@ def continuation(encoder: Encoder, text: str) -> list[int]:
 
 
 def shown(sample: Sample) -> str:
-    """A sample's turns as text, pictures as "<image>"."""
-    parts = ["".join(part if isinstance(part, str) else "<image>" for part in turn.content) for turn in sample.turns]
-    return "\n".join(parts)
+    """A sample's turns as text, each in a line of its own."""
+    return "\n".join(turn.shown for turn in sample.turns)
 
 
 def named(image: Image) -> str:

@@ -47,7 +47,7 @@ class Result:
     category: str
     group: str
     prompt: str
-    """The turns as text, pictures as "<image>"."""
+    """The turns as text, with "<image>" and "<video>" where pictures and clips stand."""
     images: tuple[str, ...]
     """What each picture is: its file, and of a clip's the frame; for one inside a table its digest."""
     answer: str

@@ -29,7 +29,7 @@ class Generations(TrainerCallback):
     def __init__(self, path: Path, trainer: Lasting, encoder: Encoder, samples: Sequence[Sample]) -> None:
         self.lines, self.trainer, self.encoder = JsonLines(path), trainer, encoder
         self.samples = [replace(sample, turns=sample.turns[: _answered(sample)]) for sample in samples]
-        self.expected = [_text(sample, _answered(sample)) for sample in samples]
+        self.expected = [sample.turns[_answered(sample)].shown for sample in samples]
         for sample in self.samples:
             refuse_long(trainer.model, sample, len(encoder.encode_prompt(sample)), LONGEST)
 
@@ -41,7 +41,7 @@ class Generations(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for sample, expected in zip(self.samples, self.expected, strict=True):
-            prompt = "\n".join(_text(sample, at) for at in range(len(sample.turns)))
+            prompt = "\n".join(turn.shown for turn in sample.turns)
             with self.trainer.accelerator.autocast():  # what trains is in float32, on a base in 16 bits
                 said = answer(self.trainer.model, self.encoder, sample, LONGEST)
             line = {"step": state.global_step, "where": sample.where, "id": sample.id}
@@ -51,7 +51,3 @@ class Generations(TrainerCallback):
 def _answered(sample: Sample) -> int:
     """The turn of the last answer."""
     return max(at for at, turn in enumerate(sample.turns) if turn.role == "assistant")
-
-
-def _text(sample: Sample, at: int) -> str:
-    return "".join(part if isinstance(part, str) else "<image>" for part in sample.turns[at].content)
