@@ -193,8 +193,6 @@ def _sequence_conflicts(recipe: Recipe) -> Iterator[str]:
     if memory.fit == "auto":
         found = f"auto counts whole rows, of which launch.sequence={sequence} has a GPU hold a part"
         yield f"memory.fit: {found}\n  Set memory.fit=off."
-    if recipe.train.get("label_smoothing_factor"):
-        yield "train.label_smoothing_factor: it needs the logits of whole rows\n  Leave it out, or launch.sequence=1."
 
 
 def _media_conflicts(recipe: Recipe) -> Iterator[str]:

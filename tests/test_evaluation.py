@@ -84,6 +84,7 @@ def test_every_row_has_its_line_and_the_summary_adds_up(opened, tmp_path):
     )
     again = evaluate(opened, made(), scoring="both", to=tmp_path / "out")
     assert again.found == COUNT and again.summary == found.summary
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 def test_batched_is_one_by_one(family, folder_of, tmp_path):

@@ -126,7 +126,6 @@ def test_a_run_goes_on_with_whole_rows_where_they_were_shared(forks, alone, tmp_
         ({"memory": {"vision_cache": "disk"}}, "memory.vision_cache: disk, but it has not been tried with"),
         ({"memory": {"mlp_tile": 64}}, "memory.mlp_tile: 64, but it has not been tried with launch.sequence=2"),
         ({"memory": {"fit": "auto"}}, "memory.fit: auto counts whole rows"),
-        ({"train": {"label_smoothing_factor": 0.1}}, "train.label_smoothing_factor: it needs the logits of whole rows"),
     ],
 )
 def test_what_does_not_go_with_shared_rows_is_refused(settings, said):

@@ -138,6 +138,8 @@ class _Work:
             for batch in batches(self.opened.encoder, self.questions, self.asking.tokens)
             if any(self.questions[number].id not in done for number in batch)
         ][ranks.rank :: ranks.size]
+        if not left:
+            return
         said = ask(self.opened.model, self.opened.encoder, self.questions, left, self.asking)
         try:
             with self.part.open("ab", buffering=0) as file:
