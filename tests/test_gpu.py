@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from mantis_lite.models.activations import decoder_layers
 from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.kernels import KERNELS, fuse
 from mantis_lite.models.load import load_model
+from mantis_lite.prefill import log_likelihoods, read
 from mantis_lite.recipe import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.training.checkpoints import newest
@@ -49,6 +51,23 @@ def test_packed_equals_separate(checkpoint_of, encoder_of, family, dtype, bound)
 
     together, apart = total(encoded), sum(total([sample]) for sample in encoded)
     assert together.item() == pytest.approx(apart.item(), rel=bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=["fp32", "bf16"])
+def test_prompts_read_in_a_pack_are_as_each_alone(checkpoint_of, encoder_of, family, dtype, bound):
+    """By the kernels of packs, with keys and values kept: the same logits, and options as likely."""
+    checkpoint, encoder = checkpoint_of(family), encoder_of(family)
+    rows = [chat("a b c", "d", images=(1, 2)), chat("g", "h"), chat("l m", "n", images=(3,))]
+    samples = [parse(row, "row", None) for row in rows]
+    prompts = [encoder.encode_prompt(replace(sample, turns=sample.turns[:1])) for sample in samples]
+    model = load_model(checkpoint, recipe(checkpoint.name)).to("cuda", dtype).eval()
+    options = [[[5, 6, 7], [8]]] * len(prompts)
+    together = read(model, encoder, prompts)
+    likely = log_likelihoods(model, together, options)
+    for at, prompt in enumerate(prompts):
+        alone = read(model, encoder, [prompt])
+        torch.testing.assert_close(together.logits[at], alone.logits[0], atol=bound, rtol=bound)
+        assert likely[at] == pytest.approx(log_likelihoods(model, alone, options[:1])[0], abs=10 * bound)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
