@@ -12,8 +12,11 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/mantis-lite quickstart --from-scratch
 
+# Two files of tests at a time: each process has its own models, and some tests start processes of their own.
+TESTS := $(BIN)/pytest --numprocesses 2 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 # What only some users want, and their tests: many GPUs by DeepSpeed, which is built here, and Ray.
 .venv/scale: .venv/installed

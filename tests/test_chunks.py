@@ -43,6 +43,13 @@ def write(folder: Path, changed: dict[int, dict] | None = None) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    others = set(psutil.Process().children())
+    yield
+    assert set(psutil.Process().children()) <= others
+
+
 @pytest.fixture
 def both(monkeypatch, tmp_path):
     """Prepares with this process alone and with several, neither of which remembers what the other measured."""
@@ -54,7 +61,6 @@ def both(monkeypatch, tmp_path):
             monkeypatch.setenv("MANTIS_LITE_CACHE", str(tmp_path / f"cache-{workers}"))
             more = {"task": "classify" if head else "chat", "head": head, "every_fault": every_fault}
             found.append(prepare(made.data, made.packing, encoder or by_size(), workers=workers, **more))
-        assert not psutil.Process().children()
         return found
 
     return prepare_twice
@@ -104,7 +110,6 @@ def test_the_first_bad_row_is_the_error(tmp_path, workers):
     made = recipe(data=path)
     with pytest.raises(SampleError, match=f"^rows.jsonl:{CHUNK - 2} "):
         prepare(made.data, made.packing, by_size(), workers=workers)
-    assert not psutil.Process().children()
 
 
 @pytest.mark.parametrize("problem", ["single_label", "regression"])
@@ -165,7 +170,6 @@ def test_processes_that_die_again_and_again_are_an_error(tmp_path, deaths_seen_s
     made = recipe(data=write(tmp_path))
     with pytest.raises(DataError, match=r"4 processes that read rows died, the last at rows.jsonl:1 or behind it"):
         prepare(made.data, made.packing, dying(99, tmp_path), workers=WORKERS)
-    assert not psutil.Process().children()
 
 
 INTERRUPTED = """

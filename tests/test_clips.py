@@ -414,7 +414,7 @@ def test_a_clip_that_hangs_is_given_up(hanging, made):
     begun = time.monotonic()
     with pytest.raises(ClipError, match=r"^took more than 0\.5 s to read$"):
         clips.header(hanging)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10, "it would hang for ever"
     clips.limit = 20
     assert clips.header(made("gop10.mp4")).frames == FRAMES
     clips.close()
@@ -461,15 +461,17 @@ def test_an_interrupted_call_leaves_no_half_answer(hanging, made):
 def test_signals_to_all_of_a_run_do_not_end_the_process_that_reads(number, hanging, made):
     """Sent as soon as it is there, while it reads, and while it waits."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    clips = Clips(1)
+    clips = Clips(60)
     clips._child = child = Child()
     clips._end = child.end
     os.kill(pid_of(clips), number)
     assert clips.header(made("gop10.mp4")).frames == FRAMES
     os.kill(pid_of(clips), number)
     threading.Timer(0.2, os.kill, (pid_of(clips), number)).start()
+    clips.limit = 1
     with pytest.raises(ClipError, match="took more than 1 s"):
         clips.header(hanging)
+    clips.limit = 60
     assert clips.header(made("gop10.mp4")).frames == FRAMES
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     clips.close()
