@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -111,6 +113,7 @@ def check_command(
     overrides: Overrides = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read only the headers of pictures and clips.")] = False,
     output: Annotated[Path | None, typer.Option(help="A file for every row that is rejected, one on a line.")] = None,
+    html: Annotated[Path | None, typer.Option(help="A page of samples, with what of them trains, and packs.")] = None,
 ) -> None:
     """Find every row that cannot be trained on, and show what the others come to. Needs no GPU and no weights."""
     from .errors import RecipeError
@@ -128,6 +131,11 @@ def check_command(
     if output is not None:
         write_rejects(found.prepared.rejects, output)
     show_check(found, output)
+    if html is not None:
+        from .report.page import write_check_page
+
+        write_check_page(found, loaded, html)
+        typer.echo(f"samples, packs and what was rejected: {html}")
     if found.prepared.rejects:
         raise typer.Exit(3)
 
@@ -198,7 +206,7 @@ def evaluate_command(
     judge: Annotated[
         str | None, typer.Option(help="Of mementos: an endpoint of OpenAI's API; its key in MANTIS_LITE_JUDGE_KEY.")
     ] = None,
-    judge_model: Annotated[str, typer.Option(help="The model that is asked there.")] = "gpt-4-1106-preview",
+    judge_model: Annotated[str | None, typer.Option(help="The model that is asked there.")] = None,
 ) -> None:
     """Ask a model a benchmark's questions, or your own rows', and say how right it is. Run it again to go on."""
     _prepare_process()
@@ -209,10 +217,10 @@ def evaluate_command(
         from .training.launch import launch
 
         raise typer.Exit(launch(LaunchRecipe(gpus=gpus), sys.argv[1:]))
-    from .evaluate.judge import Judge
+    from .evaluate.judge import judge_of
     from .evaluate.run import run
 
-    asked = Judge(judge, judge_model) if judge else None
+    asked = judge_of(judge, judge_model)
     watch = _watched("answering")
     for found in run(model, what, protocol, scoring, bits, to, max_new_tokens, tokens, from_scratch, asked, watch):
         if world()[0] == 0:
@@ -230,12 +238,16 @@ def compare_command(
         Literal["generate", "likelihood", "both"], typer.Option(help="How choices are made: written, or the likeliest.")
     ] = "generate",
     html: Annotated[Path | None, typer.Option(help="A page of the rows that flipped, with their pictures.")] = None,
+    protocol: Annotated[Literal["own", "upstream"], typer.Option(help="upstream: as Mantis, to the letter.")] = "own",
+    bits: Bits = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Ask again what has answers there.")] = False,
 ) -> None:
     """Say whether B is better than A, with an interval, and which rows flipped; of results, or of models."""
     _prepare_process()
     from .evaluate.run import compared
 
-    for found in compared(a, b, what or (), scoring, html, _watched("answering")):
+    watch = _watched("answering")
+    for found in compared(a, b, what or (), html, protocol, scoring, bits, from_scratch, watch):
         show_comparison(found)
     if html is not None:
         typer.echo(f"the rows that flipped: {html}")
@@ -411,6 +423,53 @@ def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = 
         outcome = quickstart(overrides or (), [bar], from_scratch, typer.echo)
     typer.echo(f"\nheld-out accuracy: {outcome.before:.1%} before, {outcome.after:.1%} after")
     typer.echo(f"saved {outcome.adapter}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
+
+
+@app.command("doctor")
+def doctor_command(
+    no_test: Annotated[bool, typer.Option("--no-test", help="Only look: train nothing.")] = False,
+) -> None:
+    """Say what this machine has, and try on it, in seconds, that Tiny Mantis trains, resumes, merges and packs."""
+    _prepare_process()
+    from .doctor import doctor, lines
+    from .errors import CheckError
+
+    found = doctor(not no_test)
+    typer.echo("\n".join(lines(found)))
+    if found.failed:
+        raise typer.Exit(CheckError.exit_code)
+
+
+@app.command("init")
+def init_command(
+    data: Annotated[str | None, typer.Argument(help="A file or folder of rows, or user/name on the hub.")] = None,
+    to: Annotated[Path, typer.Option(help="The recipe's file, a new one.")] = Path("recipe.yaml"),
+    task: Annotated[Literal["chat", "video", "classify", "pretrain"] | None, typer.Option(help="Else guessed.")] = None,
+    gpu: Gpu = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take what is given and guessed.")] = False,
+) -> None:
+    """Look at your data and write a first recipe for it and your card; says what to run next."""
+    _prepare_process()
+    from .init import answers, draft, require_new, write
+
+    def ask(question: str, guess: str | None) -> str:
+        return str(typer.prompt(question, default=guess))
+
+    require_new(to)
+    found = draft(*answers(data, task, gpu, None if yes else ask))
+    write(found.text, to)
+    for notice in found.notices:
+        typer.echo(notice)
+    file = shlex.quote(str(to))
+    typer.echo(f"wrote {to}; next: mantis-lite check {file}, then mantis-lite train {file}")
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of recipes, by which editors complete and check them."""
+    from .recipe_schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
 @data_app.command("download")

@@ -61,22 +61,28 @@ def size_of(text: Any) -> Any:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-Size = Annotated[int, BeforeValidator(size_of), Field(gt=0)]
+Size = Annotated[Positive, BeforeValidator(size_of, json_schema_input_type=Positive | str)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelRecipe(Section):
     """A model by name; or a language model and a vision tower, each `name` or `name@revision`, to put together."""
 
     name: str = ""
+    """A hub id, a folder, or `tiny`; `model: x` is short for it."""
     revision: str | None = None
+    """Of the name on the hub: a branch, tag or commit."""
     llm: str | None = None
+    """In place of a name, with task=pretrain: the language model, `name` or `name@revision`."""
     vision: str | None = None
+    """Beside `llm`: the vision tower it is put together with."""
     adapter: str | None = None
+    """An adapter to go on with: a folder, or a name on the hub."""
     any_base: StrictBool = False
+    """Take an adapter of a base that goes by another name."""
 
     @property
     def called(self) -> str:
@@ -87,43 +93,72 @@ class ModelRecipe(Section):
 
 class SourceRecipe(Section):
     path: str
+    """A .json, .jsonl or .parquet file, a dataset's folder, a .yaml list of sources, or user/name on the hub."""
     name: str | None = None
+    """The subset, of a dataset that has several."""
     split: str | None = None
+    """The split, of a dataset that has several."""
     revision: str | None = None
+    """Of a dataset on the hub: a branch, tag or commit."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often its rows come in an epoch: 2 is twice, 0.5 is half of them."""
     max_size: Positive | None = None
+    """Keep so many rows, the first; of what `shuffle` made first."""
     shuffle: StrictBool = False
+    """Shuffle before `max_size`, always the same."""
     max_num_images: Positive | None = None
+    """Leave out, and count, rows with more pictures and clips."""
     media_dir: str | None = None
+    """The folder of its pictures and clips, or a .zip or .tar of it; else the data's own."""
     vl_only: StrictBool = False
+    """Leave out, and count, rows without a picture or clip."""
 
 
 class DataRecipe(Section):
     sources: Annotated[list[SourceRecipe], Field(min_length=1)]
+    """One or more; `data: x` and `data: [x, y]` are short for it."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """`skip` leaves out rows that cannot be trained on, and counts them."""
     oversize: Literal["error", "drop"] = "error"
+    """`drop` leaves out rows that no pack has room for, and counts them."""
     balance: Literal["none", "sqrt"] = "none"
+    """`sqrt`: an epoch has each source by the square root of its rows."""
     eval: float | str | None = None
+    """What is held out: a share of the rows, as 0.05, or a file. `eval.data` is the same."""
     outside: StrictBool = False
+    """Let rows name files outside the data's folder."""
     urls: StrictBool = False
+    """Fetch pictures that rows name by public links."""
     cache_size: Size = 20 * 10**9
+    """What shards behind a URL may take of this disk: bytes, or as 20GB."""
 
 
 class TrainableRecipe(Section):
     language_model: Training | None = None
+    """How it trains; else by `method`: an adapter, or in full."""
     projector: Training | None = None
+    """How it trains; else frozen, but in full with method=full and task=pretrain."""
     vision_tower: Training | None = None
+    """How it trains; else frozen."""
     lr: dict[Part, float] | None = None
+    """Not yet: one learning rate for all parts, train.learning_rate."""
 
 
 class LoraRecipe(Section):
     r: Positive = 16
+    """The rank of the adapters."""
     alpha: Positive = 32
+    """Their scale is alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of an adapter's input that is left out at random."""
     dora: StrictBool = False
+    """Learn the weights' magnitudes apart from their directions (DoRA)."""
     rslora: StrictBool = False
+    """Scale by alpha / sqrt(r)."""
     target_modules: list[str] | None = None
+    """The layers that take an adapter, by name; else all linear layers of a part."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
+    """The adapters' first values, by PEFT's names."""
 
 
 class PromptRecipe(Section):
@@ -142,62 +177,101 @@ class PromptRecipe(Section):
         "qwen3_vl",
         "plain",
     ] = "auto"
+    """How turns are written; `auto` is the model's own as Mantis wrote it, `hub` as its base did."""
     system: str | None = None
+    """What is said first; "" for nothing. Else the template's own words."""
     labels: Literal["answer", "upstream"] = "answer"
+    """What is scored: answers, or the header before them as well (`upstream`)."""
 
 
 class MediaRecipe(Section):
     image_splitting: StrictBool | None = None
+    """Quarters or tiles beside the whole picture, where the family has them."""
     max_image_size: Positive | Literal["480p", "720p", "1080p"] | None = None
+    """The longest side of a picture in pixels; names for Fuyu alone."""
     backend: Literal["pil"] = "pil"
+    """What opens pictures."""
     num_frames: Positive | None = None
+    """Frames of a clip, spread over all of it."""
     fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames a second of a clip, in place of `num_frames`."""
     max_frames: Positive | None = None
+    """The most frames of a clip; `fps` needs it."""
     start: Seconds | None = None
+    """Where clips begin, in s; else at their start."""
     end: Seconds | None = None
+    """Where clips end, in s; else at their end."""
     sampling: Literal["uniform", "upstream"] = "uniform"
+    """Which frames: even, or the original's whole strides (`upstream`)."""
     frame_label: str | None = None
+    """What is said of each frame, as "{time:.1f}s"."""
 
 
 class PackingRecipe(Section):
     enabled: StrictBool = True
+    """Rows share packs; `packing: off` has one row in each."""
     max_length: Positive = 8192
+    """Tokens in a pack: the main dial of memory."""
     max_patches: Positive | None = None
+    """Vision patches in a pack; else by its tokens alone."""
     balance: Literal["auto"] | Positive = "auto"
+    """So many packs in a row cost about the same; `auto`: as many as there are GPUs."""
     seed: int = 42
+    """Of the order of rows and packs."""
 
 
 class HeadRecipe(Section):
     problem: Problem | None = None
+    """What is scored: numbers, one class a row, or several."""
     labels: Annotated[list[str], Field(min_length=1)] | None = None
+    """Which labels, in the order of the scores; else all that the rows name."""
     score: Literal["last_token", "special_tokens"] = "last_token"
+    """A linear head on the last token, or one token a label, as upstream's Qwen2-VL (`special_tokens`)."""
     class_weights: Literal["balanced"] | list[Annotated[float, Field(gt=0)]] | None = None
+    """What a class counts in the loss: `balanced`, or a number each."""
 
 
 class MemoryRecipe(Section):
     quantize: list[Part] | None = None
+    """With QLoRA, the parts in 4 bits; else the language model."""
     attention: Literal["auto", "flash3", "flash2", "varlen", "flex", "segment", "sdpa", "eager"] = "auto"
+    """`auto`: the fastest that there is here, each sample of a pack by itself."""
     kernels: Literal["auto", "off"] | list[Kernel] = "auto"
+    """Layers that run as one kernel; `auto`: all that can here."""
     checkpointing: Literal["auto", "full", "off"] | Positive = "auto"
+    """Layers that are computed again in the backward pass: `auto` is all on a GPU, or so many."""
     mlp_tile: Positive | None = None
+    """The widest layers see so many tokens at a time."""
     offload_activations: StrictBool = False
+    """What is kept for the backward pass goes to the host."""
     vision_cache: Literal["off", "memory", "disk"] = "off"
+    """Pictures go through a frozen tower once, and what it made is kept."""
     optimizer: str = "auto"
+    """By transformers' names: `adamw_bnb_8bit`, `paged_adamw_8bit`; `auto` is AdamW."""
     fit: Literal["auto", "off"] = "off"
+    """`auto` picks the mildest settings with which the largest step fits the card."""
 
 
 class EvalRecipe(Section):
     every: Positive | None = None
+    """Evaluate after so many steps, on `data.eval`."""
     generate: Annotated[int, Field(ge=0)] = 0
+    """So many held-out rows are answered each time."""
     metric: str | None = None
+    """Keep the checkpoint that is best by it: `loss`, or one of the score head's."""
     patience: Positive | None = None
+    """Stop after so many evaluations without a better one."""
 
 
 class LaunchRecipe(Section):
     strategy: Strategy | None = None
+    """How several GPUs train; else `single`, `ddp`, or `zero3` where the language model trains in full."""
     gpus: Positive | None = None
+    """GPUs of this machine; else all, with a strategy."""
     nodes: Positive = 1
+    """Machines."""
     sequence: Positive = 1
+    """So many GPUs share each row, where one has no room for it."""
 
     @property
     def size(self) -> int:
@@ -212,20 +286,35 @@ class Recipe(Section):
     """
 
     model: ModelRecipe
+    """What is fine-tuned."""
     data: DataRecipe
+    """What it learns from."""
     task: Task = "chat"
+    """Chat about pictures, or about clips; scores; or captions, to bring up a projector."""
     method: Literal["lora", "qlora", "full"] = "qlora"
+    """Adapters on 16-bit weights, or on 4-bit ones (QLoRA), or the weights themselves."""
     run_dir: Path
+    """The run's folder; else runs/ and the recipe's name."""
     trainable: TrainableRecipe = TrainableRecipe()
+    """Which parts train, and how."""
     lora: LoraRecipe = LoraRecipe()
+    """The adapters; the words are PEFT's."""
     prompt: PromptRecipe = PromptRecipe()
+    """How rows are written out for the model."""
     media: MediaRecipe = MediaRecipe()
+    """How pictures and clips are read."""
     packing: PackingRecipe = PackingRecipe()
+    """How rows share a pack, which is the batch."""
     head: HeadRecipe = HeadRecipe()
+    """With task=classify: what is scored."""
     memory: MemoryRecipe = MemoryRecipe()
+    """What costs memory, and what saves it."""
     eval: EvalRecipe = EvalRecipe()
+    """What is looked at while it trains."""
     launch: LaunchRecipe = LaunchRecipe()
+    """Several GPUs."""
     train: dict[str, Any] = {}
+    """transformers' TrainingArguments by their own names, and the size of a step."""
 
     def part(self, name: Part) -> Training:
         """How a part trains: what is written out, else the method's default; of captions, the projector learns."""

@@ -41,6 +41,7 @@ class Scorer:
 class Predictions:
     """Scores (S, L) of samples in the rows' order, what became of the rows, and metrics where they have labels."""
 
+    recipe: Recipe
     prepared: Prepared
     labels: Labels
     samples: list[int]
@@ -80,7 +81,7 @@ def predict(
         for line in _lines(prepared.train, labels, samples, logits):
             lines.write(json.dumps(line) + "\n")
     found = _measure(labels, logits, prepared.train, samples, file) if metrics else None
-    return Predictions(prepared, labels, samples, logits, found, file)
+    return Predictions(recipe, prepared, labels, samples, logits, found, file)
 
 
 def _measure(labels: Labels, logits: np.ndarray, rows: Samples, samples: list[int], file: Path) -> Metrics:

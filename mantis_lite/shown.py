@@ -81,6 +81,10 @@ def show_evaluation(found: Evaluation) -> None:
         typer.echo(f"{name}: not defined" if value is None else f"{name}: {value:.4f}")
     if found.found:
         typer.echo(f"{found.found:,} rows had been answered before")
+    for reject in summary.get("rejects", [])[:SHOWN]:
+        typer.echo(printable(f"left out: {reject}"))
+    if left := len(summary.get("rejects", [])) + summary.get("oversize", 0):
+        typer.echo(f"notice: {left:,} rows were left out, {summary.get('oversize', 0):,} as larger than a pack")
     if summary["unread"]:
         typer.echo(f"notice: in {summary['unread']:,} answers none could be read; they count as wrong")
     typer.echo(f"results.jsonl and summary.json in {found.folder}")

@@ -23,7 +23,7 @@ from mantis_lite.evaluate.evaluation import evaluate, open_model
 from mantis_lite.evaluate.pictures import pictures_of
 from mantis_lite.evaluate.question import Question
 from mantis_lite.evaluate.results import read_results
-from mantis_lite.evaluate.run import run
+from mantis_lite.evaluate.run import compared, run
 from mantis_lite.recipe import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.training.run import start
@@ -174,6 +174,15 @@ def test_a_folder_is_of_one_thing(opened, tmp_path):
     with pytest.raises(RecipeError, match=r"--to: .*out has answers that were asked for otherwise: max_new_tokens\n"):
         evaluate(opened, made(), to=tmp_path / "out", max_new_tokens=3)
     assert evaluate(opened, made(), to=tmp_path / "out", max_new_tokens=3, from_scratch=True).found == 0
+    other = [replace(each, answer="A" if each.options else each.answer) for each in questions()]
+    with pytest.raises(RecipeError, match="asked for otherwise: questions, max_new_tokens\n"):
+        evaluate(opened, made(other), to=tmp_path / "out")
+    (tmp_path / "out/asked.json").write_text("{")
+    with pytest.raises(DataError, match=r"asked.json: is damaged\n  Add --from-scratch"):
+        evaluate(opened, made(), to=tmp_path / "out")
+    words = [each for each in questions() if not each.options]
+    with pytest.raises(RecipeError, match="--scoring: likelihood, but no row of made has options\n"):
+        evaluate(opened, made(words), scoring="likelihood", to=tmp_path / "words")
     asked = [replace(each, id="one") for each in questions()]
     with pytest.raises(DataError, match="made: made:2 has the id one of a row before\n"):
         evaluate(opened, made(asked), to=tmp_path / "alike")
@@ -225,7 +234,22 @@ def test_rows_whose_answers_are_letters_are_choices(llava_folder, tmp_path):
     data = write_rows(tmp_path / "letters.jsonl", rows)
     (found,) = run(str(llava_folder), [f"data={data}"], scoring="both", to=tmp_path / "out")
     assert [row["answer"] for row in lines(tmp_path / "out")] == list("ABCABC")
+    assert all(len(row["logprobs"]) == 3 for row in lines(tmp_path / "out"))
+    plain = write_rows(tmp_path / "plain.jsonl", [chat("A or B?", "A", images=(at,)) for at in range(2)])
+    list(run(str(llava_folder), [f"data={plain}"], scoring="likelihood", to=tmp_path / "plain"))
+    assert all(len(row["logprobs"]) == 2 for row in lines(tmp_path / "plain")), "of one letter, any answer is right"
     assert found.summary["more"].keys() == {"loss"} and "likelihood" in found.summary
+
+
+def test_rows_that_are_left_out_are_told_of(llava_folder, tmp_path):
+    rows = [chat(f"what is number {i}?", "red", images=(i % 3,)) for i in range(5)]
+    rows += [chat("only asked"), chat("long " * 3000, "red")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    words = [f"data={data}", "data.on_bad_row=skip", "data.oversize=drop", "packing.max_length=2048"]
+    (found,) = run(str(llava_folder), words, to=tmp_path / "out", max_new_tokens=3)
+    assert found.summary["count"] == 5 and found.summary["oversize"] == 1
+    (reject,) = found.summary["rejects"]
+    assert reject.startswith("rows.jsonl:6: no assistant turn")
 
 
 def test_rows_with_clips_are_asked_of_any_model(llava_folder, tmp_path):
@@ -254,8 +278,15 @@ def test_rows_with_labels_are_scored(llava_folder, tmp_path, problem):
     if problem != "regression":
         assert found.summary["accuracy"] == pytest.approx(expected.metrics["accuracy"])
     assert compare(found.folder, found.folder).accuracy.gain == 0
-    with pytest.raises(RecipeError, match="has a score head, which answers no benchmark's questions\n"):
+    with pytest.raises(RecipeError, match="has a score head, whose scores no benchmark, --scoring, --bits"):
         list(run(str(tmp_path / "run"), [f"data={data}", "nlvr2"]))
+    with pytest.raises(RecipeError, match="labels has results already\n  Add --from-scratch"):
+        list(run(str(tmp_path / "run"), [f"data={data}"]))
+    assert next(run(str(tmp_path / "run"), [f"data={data}"], from_scratch=True)).summary == found.summary
+    (page,) = compared(str(found.folder), str(found.folder), html=tmp_path / "page.html")
+    assert page.accuracy.gain == 0 and (tmp_path / "page.html").is_file()
+    results, summary = read_results(found.folder)
+    assert len(pictures_of(summary)(results[0])) == len(results[0].images) > 0
     with pytest.raises(RecipeError, match="scores, and does not answer\n"):
         open_model(str(tmp_path / "run"), "own", None)
 
@@ -271,6 +302,8 @@ def test_weights_in_4_bits_are_another_model(llava_folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "options", "said"),
     [
+        (["nlvr2=gone"], {}, "nlvr2=gone: there is no such file or folder\n  Name the copy"),
+        (["data=x.json", "data=y.json"], {}, "data: given 2 times\n  Write data="),
         ([], {}, "evaluate: nothing to evaluate by\n  Name a benchmark, of mantis-eval"),
         (["nlvr3"], {}, "did you mean nlvr2"),
         (["nlvr2", "blink"], {"to": Path("x")}, "--to: one folder for several evaluations"),
@@ -281,6 +314,11 @@ def test_what_cannot_be_asked_for(llava_folder, tmp_path, words, options, said):
     write_rows(tmp_path / "x.json", [])
     with pytest.raises(RecipeError, match=said):
         list(run(str(llava_folder), words, **options))
+
+
+def test_one_page_is_of_one_comparison(llava_folder, tmp_path):
+    with pytest.raises(RecipeError, match="--html: one page for several comparisons"):
+        list(compared(str(llava_folder), str(llava_folder), ["data=x.json", "blink"], tmp_path / "page.html"))
 
 
 def test_a_folder_that_cannot_be_made(opened, tmp_path):

@@ -63,6 +63,7 @@ ANSWERS = [
     ("Option B", "B", None),
     ("option b", "B", None),
     ("Choice (B)", "B", "C"),
+    ("The correct answer is not A but C", "C", None),
     ("It must be (B), as the other is small", "B", None),
     ("My choice: C", "C", None),
     ("I would say C, it barks", "C", None),

@@ -89,7 +89,10 @@ def evaluate(
     usual = benchmark.upstream_new_tokens if protocol == "upstream" else benchmark.max_new_tokens
     asking = Asking(scoring, max_new_tokens or usual, tokens)
     folder = to or folder_of(opened.name, benchmark.name, protocol, scoring)
-    asked = _asked(opened, benchmark, questions, protocol, asking) | {"rows": rows or benchmark.source}
+    if scoring == "likelihood" and not any(map(asking.weighs, questions)):
+        raise RecipeError(f"--scoring: likelihood, but no row of {benchmark.name} has options\n  Leave it out.")
+    asked = _asked(opened, benchmark, questions, protocol, asking)
+    asked["rows"] = str(Path(rows).resolve()) if rows else benchmark.source
     work = _Work(opened, benchmark, questions, protocol, asking, folder)
     with _held(folder, asked, from_scratch, opened.ranks):
         found = len(work.done())
@@ -192,7 +195,15 @@ def _asked(
     trained = opened.trained
     weights = fingerprint(weight_files(trained.checkpoint))
     adapter = fingerprint([trained.adapter / WEIGHTS]) if trained.adapter else None
-    lines = [json.dumps([each.id, shown(each.sample), *map(named, each.sample.images)]) for each in questions]
+    lines = [
+        json.dumps(
+            [
+                *(each.id, shown(each.sample), *map(named, each.sample.images)),
+                *(each.answer, each.options, each.category, each.group),
+            ]
+        )
+        for each in questions
+    ]
     return {
         "model": opened.name,
         "weights": weights,
@@ -243,7 +254,11 @@ def _refuse_another(folder: Path, asked: dict[str, Any]) -> None:
     """Raise RecipeError where a folder has answers to something else."""
     if not (folder / ASKED).is_file():
         return
-    before = json.loads((folder / ASKED).read_text())
+    try:
+        before = json.loads((folder / ASKED).read_text())
+    except ValueError:
+        found = f"{folder / ASKED}: is damaged"
+        raise DataError(f"{found}\n  Add --from-scratch to ask again, or name another folder.") from None
     if others := [key for key in asked if before.get(key) != asked[key]]:
         raise RecipeError(
             f"--to: {folder} has answers that were asked for otherwise: {', '.join(others)}\n"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from nltk.stem.porter import PorterStemmer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+Synonyms = Mapping[str, Sequence[str]]
+"""By word, those that it may stand for."""
+
+TOO_MUCH = "\n"
+"""No word of a list: what the original makes of all that it has no more references for."""
 
 
 class Overlap(NamedTuple):
@@ -21,27 +27,55 @@ class Overlap(NamedTuple):
 def keywords(text: str) -> set[str]:
     """The words of a text that say something, by their stems (Porter 1980): without scikit-learn's English stop words.
 
-    >>> sorted(keywords("The dogs were running to a red ball."))
-    ['ball', 'dog', 'red', 'run']
+    >>> sorted(keywords("The dog's pups were running to a red ball."))
+    ['ball', 'dog', 'pup', 'red', 'run']
     """
     stem = PorterStemmer().stem
-    return {stem(word) for word in re.findall(r"[a-z]+", text.lower()) if word not in ENGLISH_STOP_WORDS}
+    return {stem(word) for word in re.findall(r"[a-z]{2,}", text.lower()) if word not in ENGLISH_STOP_WORDS}
 
 
-def overlap(said: Collection[str], wanted: Collection[str], at_most_one: bool = False) -> Overlap:
-    """Of two sets; with `at_most_one`, all that is said too much counts as one, as in the original's code.
+def overlap(said: Collection[str], wanted: Collection[str]) -> Overlap:
+    """Of two sets.
 
     >>> overlap({"dog", "ball"}, {"dog", "cat", "house", "ball"})
     Overlap(precision=1.0, recall=0.5, f1=0.6666666666666666)
     """
-    hits, more = len(set(said) & set(wanted)), len(set(said) - set(wanted))
-    if at_most_one:
-        more = min(more, 1)
-    precision = hits / (hits + more) if hits + more else 0.0
-    recall = hits / len(set(wanted)) if wanted else 0.0
-    return Overlap(precision, recall, 2 * hits / (hits + more + len(set(wanted))) if hits else 0.0)
+    hits = len(set(said) & set(wanted))
+    if not hits:
+        return Overlap(0.0, 0.0, 0.0)
+    said_count, wanted_count = len(set(said)), len(set(wanted))
+    return Overlap(hits / said_count, hits / wanted_count, 2 * hits / (said_count + wanted_count))
 
 
-def alike(words: Collection[str], synonyms: Mapping[str, str]) -> set[str]:
-    """Words, each as the one that stands for it and its synonyms."""
-    return {synonyms.get(word, word) for word in (each.strip().lower() for each in words) if word}
+def as_wanted(said: Collection[str], wanted: Collection[str], synonyms: Synonyms) -> set[str]:
+    """What is said, each word as the one of those wanted that it is or stands for, if any.
+
+    >>> sorted(as_wanted(["pup", "tree"], ["dog", "ball"], {"pup": ["animal", "dog"]}))
+    ['dog', 'tree']
+    """
+    return {
+        word if word in wanted else next((each for each in synonyms.get(word, ()) if each in wanted), word)
+        for word in said
+    }
+
+
+def as_upstream(said: Sequence[str], wanted: Sequence[str], synonyms: Synonyms, most: int) -> set[str]:
+    """The same as the original does it, one reference after the other, by up to `most` words in a row.
+
+    A reference is taken once, and only by a synonym. Where all are taken, the words left over come to a single one,
+    even those that are wanted (TIGER-AI-Lab/Mantis, mantis/benchmark/mementos_eval_utils.py).
+
+    >>> as_upstream(["pup", "dog", "tree"], ["dog"], {"pup": ["dog"]}, 1) == {"dog", TOO_MUCH}
+    True
+    """
+    left, found, at = list(wanted), set[str](), 0
+    while at < len(said) and left:
+        runs = [said[at : at + length] for length in range(1, min(most, len(said) - at) + 1)]
+        runs = [words for words in runs if not any(" " in word for word in words)]
+        fits = ((each, len(words)) for each in left for words in runs if each in synonyms.get(" ".join(words), ()))
+        word, length = next(fits, (said[at], 0))
+        if length:
+            left.remove(word)
+        found.add(word)
+        at += length or 1
+    return found | ({TOO_MUCH} if at < len(said) else set())

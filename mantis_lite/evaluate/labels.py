@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.labels import Labels
-from ..errors import DiskError
+from ..errors import DiskError, RecipeError
 from ..files import write_whole
 from ..metrics import probabilities
 from ..scoring import Predictions, predict
@@ -20,7 +20,7 @@ from .question import Result
 from .results import RESULTS, SUMMARY, line_of, summarise
 
 
-def evaluate_labels(source: str, overrides: Sequence[str], folder: Path) -> Evaluation:
+def evaluate_labels(source: str, overrides: Sequence[str], folder: Path, from_scratch: bool = False) -> Evaluation:
     """Score the rows of `data=`, each of which has labels, in a folder of results with all metrics of the problem.
 
     A row is right where its class is, or all of its labels are; of numbers, where each is to the nearest whole one.
@@ -30,10 +30,14 @@ def evaluate_labels(source: str, overrides: Sequence[str], folder: Path) -> Eval
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"--to: {folder} cannot be made: {error.strerror}\n  Name another folder.") from error
+    if (folder / SUMMARY).is_file() and not from_scratch:
+        raise RecipeError(f"--to: {folder} has results already\n  Add --from-scratch, or name another folder.")
     found = predict(source, overrides, metrics=True, output=folder / "predictions.jsonl")
     results = _results(found)
     rows = ", ".join(rows.spec.path for rows in found.prepared.train.rows)
+    data = found.recipe.data.model_dump(mode="json")
     summary: dict[str, Any] = {"model": source, "benchmark": "labels", "rows": rows, "protocol": "own"}
+    summary |= {"data": data, "task": "classify", "rejects": list(map(str, found.prepared.rejects))}
     summary |= summarise(results, "rows") | {"more": found.metrics}
     write_whole(folder / SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     write_whole(folder / RESULTS, (line_of(result).encode() for result in results))

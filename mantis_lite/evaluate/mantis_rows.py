@@ -37,7 +37,9 @@ def open_rows(source: str, inside: str, split: str) -> Rows:
     """The rows of a file, of a dataset on the hub, or of the split of one's folder, whose Parquet may be `inside`."""
     if not Path(source).is_dir():
         return open_source(SourceRecipe(path=source))
-    folder = Path(source) / inside
+    folder, lists = Path(source) / inside, [*Path(source).glob("*.json"), *Path(source).glob("*.jsonl")]
+    if len(lists) == 1:
+        return open_source(SourceRecipe(path=str(lists[0])))
     return open_source(SourceRecipe(path=str(folder if folder.is_dir() else source), split=split))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..data.columns import pictures_of
+from ..data.columns import Fault, kind_of, pictures_of
 from ..data.sample import Image, Sample, Turn
 from ..data.source import open_source
 from ..errors import DataError, SampleError
 from ..recipe import SourceRecipe
 from .benchmark import Benchmark, Metrics
 from .judge import Judge, JudgeError
-from .keywords import Overlap, alike, keywords, overlap
+from .keywords import Overlap, Synonyms, as_upstream, as_wanted, keywords, overlap
 from .question import Protocol, Question, Result
 
 ASKED = "Write a description for the given image sequence in a single paragraph, what is happening in this episode?"
@@ -29,12 +31,19 @@ MOST_PICTURES = 13
 """The original hands on so many of a sequence, and drops the rest."""
 SYNONYMS = "synonyms.json"
 
-TO_JUDGE = """Two paragraphs tell what happens in the same pictures. List what each of them names.
+TO_JUDGE = """Two paragraphs tell what happens in the same pictures: the first is a person's, the second a model's.
+List the objects and the actions that each of them names.
 
-Objects are the nouns of things, people and animals that can be seen; actions are the verbs of what they do. Write each
-word once, small, nouns in the singular and verbs in their base form.
+An object is a thing, a person or an animal that could be touched, in two words at most. An action is what one of these
+objects does, a word or a phrase, its verb in the base form. Where the paragraphs call one object or action by different
+words, write the same word in all lists.
 
-For example, of "A boy throws a red ball. He smiles." the objects are [boy, ball], the actions [throw, smile].
+For example, of "A boy throws a red ball, and his puppy runs after it." and "A dog chases a ball on the grass, barking."
+the lists are:
+Object list 1: [boy, ball, dog]
+Action list 1: [throw, run after]
+Object list 2: [dog, ball, grass]
+Action list 2: [run after, bark]
 
 Paragraph 1: {wanted}
 
@@ -47,6 +56,10 @@ Object list 2: [...]
 Action list 2: [...]"""
 
 LISTS = ("Object list 1", "Action list 1", "Object list 2", "Action list 2")
+KINDS = {"objects": 1, "actions": 2}
+"""What is listed, and of how many words in a row the original looks for synonyms."""
+
+log = logging.getLogger("mantis_lite")
 
 
 def read(source: str, protocol: Protocol) -> list[Question]:
@@ -56,7 +69,7 @@ def read(source: str, protocol: Protocol) -> list[Question]:
     images/.
     """
     if not Path(source).exists():
-        return [question for name in SUBSETS for question in _of_hub(f"{source}:single_image_{name}", name, protocol)]
+        return [question for name in SUBSETS for question in _of_hub(source, name, protocol)]
     found = [question for name in SUBSETS for question in _of_folder(Path(source), name, protocol)]
     if not found:
         remedy = f"There are {', '.join(f'{name}_description.csv' for name in SUBSETS)}, of which one is enough."
@@ -80,26 +93,38 @@ def means(results: Sequence[Result]) -> Metrics:
     return {key: float(np.mean([each[key] for each in kept])) for key in Overlap._fields}
 
 
-def judged(judge: Judge, synonyms: Mapping[str, Mapping[str, str]]) -> Benchmark:
+def judged(judge: Judge, synonyms: Mapping[str, Synonyms]) -> Benchmark:
     """The benchmark with objects and actions as a judge lists them, which is asked as rows are answered."""
-    told = {"judge": judge.model, "judge_prompt": TO_JUDGE}
+    known = {kind: len(words) for kind, words in synonyms.items()}
+    told = {"judge": judge.model, "judge_prompt": TO_JUDGE, "synonyms": known}
     return replace(MEMENTOS, scores=partial(_judged, judge, synonyms), more=_judged_means, told=told)
 
 
-def read_synonyms(source: str) -> dict[str, dict[str, str]]:
-    """{"objects": {word: the one that stands for it}, "actions": ...} of a folder, if it has such a file.
+def read_synonyms(source: str) -> dict[str, Synonyms]:
+    """{"objects": {word: those that it may stand for}, "actions": ...} of a folder, if it has such a file.
 
-    Raises DataError; the benchmark's own graphs are pickles, which could run anything, and are not read.
+    Raises DataError, also for the benchmark's own graphs alone: they are pickles, which can run anything as they are
+    read.
     """
     file = Path(source) / SYNONYMS
+    remedy = f'Write {{"objects": {{"pup": ["dog"]}}, "actions": {{}}}} to {SYNONYMS}'
     if not file.is_file():
-        return {"objects": {}, "actions": {}}
+        if pickles := sorted(file.parent.glob("sym_graphs/*.pkl")):
+            found = "a pickle, which can run anything as it is read, and is not"
+            raise DataError(f"{pickles[0]}: {found}\n  {remedy}, or take the pickles away to compare without synonyms.")
+        return {kind: {} for kind in KINDS}
     try:
         found = json.loads(file.read_text())
-        return {kind: {str(word): str(of) for word, of in found[kind].items()} for kind in ("objects", "actions")}
+        return {kind: {str(word): _words(of) for word, of in found[kind].items()} for kind in KINDS}
     except (ValueError, KeyError, AttributeError, TypeError):
-        remedy = 'Write {"objects": {"pup": "dog"}, "actions": {}}.'
-        raise DataError(f"{file}: not two mappings of words to words\n  {remedy}") from None
+        raise DataError(f"{file}: not two mappings of words to words\n  {remedy}.") from None
+
+
+def _words(found: Any) -> list[str]:
+    words = [found] if isinstance(found, str) else found
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise TypeError(kind_of(found))
+    return words
 
 
 def read_lists(reply: str) -> list[list[str]]:
@@ -115,7 +140,7 @@ def read_lists(reply: str) -> list[list[str]]:
 
 def _judged(
     judge: Judge,
-    synonyms: Mapping[str, Mapping[str, str]],
+    synonyms: Mapping[str, Synonyms],
     raw: str | None,
     question: Question,
     protocol: Protocol,
@@ -124,13 +149,16 @@ def _judged(
     found = near(raw, question, protocol)
     reply = None
     try:
-        reply = judge(TO_JUDGE.format(wanted=question.answer, said=raw))
+        reply = judge(TO_JUDGE.format(wanted=question.answer, said=raw or ""))
         lists = read_lists(reply)
     except JudgeError as error:
         return found | {"judge_failed": str(error), "reply": reply}
-    for kind, wanted, said in zip(("objects", "actions"), lists[:2], lists[2:], strict=True):
-        named, asked_for = alike(said, synonyms[kind]), alike(wanted, synonyms[kind])
-        scores = overlap(named, asked_for, at_most_one=protocol == "upstream")
+    for (kind, most), wanted, said in zip(KINDS.items(), lists[:2], lists[2:], strict=True):
+        if protocol == "upstream":
+            scores = overlap(as_upstream(said, wanted, synonyms[kind], most), wanted)
+        else:
+            wanted, said = ([word.lower() for word in words if word] for words in (wanted, said))
+            scores = overlap(as_wanted(said, wanted, synonyms[kind]), wanted)
         found |= {f"{kind}_{key}": value for key, value in scores._asdict().items()}
     return found | {"reply": reply}
 
@@ -149,11 +177,17 @@ def _judged_means(results: Sequence[Result]) -> Metrics:
 
 
 def _of_hub(source: str, name: str, protocol: Protocol) -> Iterator[Question]:
-    rows = open_source(SourceRecipe(path=source.replace(":", ":mementos:")))
+    rows = open_source(SourceRecipe(path=f"{source}:mementos:single_image_{name}"))
     for at in range(len(rows)):
-        row = rows.row(at)
-        images, _ = pictures_of(row, rows.media)
-        yield _question(rows.where(at), f"{name}-{row.get('id', at + 1)}", images, str(row["answer"]), name, protocol)
+        row, where = rows.row(at), rows.where(at)
+        try:
+            images, _ = pictures_of(row, rows.media)
+            told = row.get("answer")
+            if not images or not isinstance(told, str) or not told:
+                raise Fault("no pictures or no description", "Give the benchmark's own columns, images and answer.")
+        except Fault as fault:
+            raise SampleError(where, fault.found, fault.remedy) from None
+        yield _question(where, f"{name}-{row.get('id', at + 1)}", images, told, name, protocol)
 
 
 def _of_folder(folder: Path, name: str, protocol: Protocol) -> Iterator[Question]:
@@ -161,8 +195,11 @@ def _of_folder(folder: Path, name: str, protocol: Protocol) -> Iterator[Question
     if not file.is_file():
         return
     frames = next((base for base in (folder / "images", folder) if (base / f"single_image_{name}").is_dir()), folder)
-    # One of the published files ends a character in its middle, the others have curly quotes.
-    lines = file.read_bytes().decode("utf-8", "replace").splitlines()
+    # One of the published files ends a character in its middle; others have curly quotes, which the original spoils.
+    text = file.read_bytes().decode("latin-1" if protocol == "upstream" else "utf-8-sig", "replace")
+    if odd := text.count("\ufffd"):
+        log.warning("mementos: %s has %d characters that are no UTF-8: each is a mark instead", file.name, odd)
+    lines = io.StringIO(text, newline="")
     for number, row in enumerate(csv.DictReader(lines), 2):
         where = f"{file.name}:{number}"
         picture = next((row[key] for key in ("image_name", "image") if row.get(key)), None)
@@ -197,6 +234,8 @@ MEMENTOS = Benchmark(
         "the score is the F1 of the words that a description shares with the benchmark's, by their stems; objects and "
         "actions are compared where a judge is named, by a prompt of our own",
         "all pictures are shown, in front of the question; the original shows the first 13, behind it",
-        "with a judge, each word that is said too much counts; in the original all of them count as one",
+        "with a judge, each word that is said too much counts, and any that is wanted may be said by a synonym; in the "
+        "original each is once, and all that is said when none is left counts as one mistake",
+        "descriptions are read as UTF-8; the original reads them as Latin-1",
     ),
 )

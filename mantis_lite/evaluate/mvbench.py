@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,14 +14,14 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
-from ..data.archives import unpack
+from ..data.archives import misnamed, unpack
 from ..data.clips import ClipError, Clips
 from ..data.columns import Fault, short
 from ..data.sample import Frame, Image, Sample, Turn
 from ..errors import DataError, SampleError
 from .benchmark import Benchmark
 from .mantis_rows import LETTER_ALONE, right
-from .parsing import LEADS, choice
+from .parsing import choice
 from .question import Protocol, Question
 
 FRAMES = 8
@@ -54,6 +53,9 @@ FOLDERS = {
     "unexpected_action": "FunQA_test/test",
 }
 """Where the clips of each task are, under video/ or in its archives."""
+
+LEADS = ("the answer is", "answer:", "the option is ")
+"""What the original looks for, in this order and as it is written here."""
 
 log = logging.getLogger("mantis_lite")
 
@@ -92,20 +94,26 @@ def frame_numbers(start: float | None, end: float | None, rate: float, first: in
 
 
 def parse(raw: str, question: Question, protocol: Protocol) -> str | None:
-    """The letter; as the original, the first of the alphabet's behind a lead that is written small, if a capital."""
+    """The letter; as the original, the first of the alphabet's behind the last of a lead, if it is a capital.
+
+    TIGER-AI-Lab/Mantis, mantis/benchmark/eval_on_mvbench.py at 3356142.
+    """
     if protocol == "own":
         return choice(raw, question.options)
-    text = next((raw[raw.find(lead) + len(lead) :] for lead in LEADS if lead in raw), raw)
-    found = re.search("[A-Za-z]", text)
-    return found[0] if found and found[0] in question.letters else None
+    # Its third lead is found without the blank that it is cut at.
+    lead = next((lead for lead in LEADS if lead.rstrip() in raw), None)
+    text = raw.split(lead)[-1] if lead else raw
+    found = next((sign for sign in text if sign.isalpha()), None)
+    return found if found in set(question.letters) else None
 
 
 def _task(task: str, file: Path, roots: Sequence[Path], clips: Clips, protocol: Protocol) -> Iterator[Question]:
     try:
         rows = json.loads(file.read_text())
-        assert isinstance(rows, list)
-    except (ValueError, AssertionError):
-        raise DataError(f"{file}: not a JSON list of rows\n  Fetch it again.") from None
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file}: not a JSON list of rows\n  Fetch it again.")
     for number, row in enumerate(rows, 1):
         where, name = f"{file.name}:{number}", f"{task}-{number}"
         try:
@@ -131,8 +139,8 @@ def _choices(row: Mapping[str, Any], protocol: Protocol) -> tuple[tuple[str, ...
 
 def _frames(row: Mapping[str, Any], folders: Sequence[Path], clips: Clips) -> list[Image]:
     name = str(row["video"])
-    path = next((folder / name for folder in folders if (folder / name).exists()), None)
-    if path is None or ".." in Path(name).parts:
+    path = None if misnamed(name) else next((folder / name for folder in folders if (folder / name).exists()), None)
+    if path is None:
         raise Fault(f"no clip {short(name)} in {folders[0]}", "Fetch it, or take the task's file away.")
     bounds = row.get("start"), row.get("end")
     if path.is_dir():
@@ -141,7 +149,7 @@ def _frames(row: Mapping[str, Any], folders: Sequence[Path], clips: Clips) -> li
             raise Fault(f"{path} has no .jpg in it", "Fetch its frames.")
         return [Image(path / f"{at:05d}.jpg") for at in frame_numbers(*bounds, FOLDER_RATE, 1, count, FRAMES)]
     try:
-        header = clips.header(path)
+        header = clips.header(path, count=path.suffix != ".mp4")  # an MP4's header names each frame, others guess
     except ClipError as error:
         raise Fault(f"{path} cannot be read: {error}", "Fetch it again.") from None
     numbers = frame_numbers(*bounds, header.frames / header.seconds, 0, header.frames - 1, FRAMES)

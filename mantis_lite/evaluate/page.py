@@ -53,7 +53,7 @@ def _rows(
     """As many rows as there is room for, and how many are left out."""
     shown: list[Shown] = []
     for before, after in pairs[: MOST_ROWS // 2]:
-        links = [_link(picture) for picture in pictures(before)]
+        links = [thumbnail(picture) for picture in pictures(before)]
         room -= sum(map(len, links)) + sum(map(len, (before.prompt, before.raw or "", after.raw or "")))
         if room < 0 and shown:
             break
@@ -73,7 +73,7 @@ def _pieces(prompt: str, links: list[str]) -> list[tuple[str, str]]:
     return [*pieces, *(("picture", link) for link in left)]  # of a clip, whose mark was one
 
 
-def _link(picture: Picture) -> str:
+def thumbnail(picture: Picture) -> str:
     small = picture.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     file = io.BytesIO()

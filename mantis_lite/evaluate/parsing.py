@@ -20,7 +20,7 @@ BEGINS = re.compile(r"[\W_]*([A-Za-z])(?:[\W_]*$|[^\S\n]*\n|[*_\"']*[).:,\]])")
 SEVERAL = re.compile(r"(^[\W_]*)?\b([A-Z])[\W_]*(?:and|or|[&,/\n])[\W_]*(?!\2)[A-Z]\b[\W_]*(?(1)|$)")
 """Letters in a row, none of which is chosen: an answer begins or ends by them."""
 
-DENIED = re.compile(r"(?:\b(?:not|nor|neither)\b|n't\b)[^.,;:!?\n]*", re.I)
+DENIED = re.compile(r"(?:\b(?:not|nor|neither)\b|n't\b)(?:(?!\bbut\b)[^.,;:!?\n])*", re.I)
 """What an answer says not to be so, to the end of the clause."""
 
 ENDS = re.compile(r"\b([A-Z])[\W_]*$")

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ from .question import Kind, Protocol, Question, Result
 LETTER = re.compile(r"\(?([A-Z])[).]?")
 """An answer that is a letter."""
 
+OPTION = re.compile(r"(?:^|[\s(])([A-Z])[).:]")
+"""An option's letter in a question, as in "(A) a dog" or "B. a cat"."""
+
 ANLS_LEAST = 0.5
 """Below it, an answer's similarity counts for nothing (Biten et al. 2019, https://arxiv.org/abs/1905.13648)."""
 
@@ -53,7 +58,8 @@ def own_rows(recipe: Recipe, encoder: Encoder, model: PreTrainedModel) -> Benchm
     and ANLS, and the loss, a mean over the answers' tokens. Raises SampleError, FitError, DataError.
     """
     task = _task_of(recipe)
-    samples = read_rows(recipe.data, recipe.packing, encoder, task).train
+    prepared = read_rows(recipe.data, recipe.packing, encoder, task)
+    samples = prepared.train
     files = [Path(source.path).name.partition(".")[0] for source in recipe.data.sources]
     questions = _questions(samples)
     return Benchmark(
@@ -65,7 +71,12 @@ def own_rows(recipe: Recipe, encoder: Encoder, model: PreTrainedModel) -> Benchm
         scores=_near,
         more=partial(_means, partial(loss, model, encoder, samples, recipe.packing)),
         max_new_tokens=256,
-        told={"data": recipe.data.model_dump(mode="json"), "task": task},
+        told={
+            "data": recipe.data.model_dump(mode="json"),
+            "task": task,
+            "rejects": list(map(str, prepared.rejects)),
+            "oversize": prepared.oversize,
+        },
     )
 
 
@@ -116,11 +127,24 @@ def _questions(samples: Samples) -> list[Question]:
     given = [
         found[1] if kind == "choice" and found else answer for found, (_, _, answer) in zip(letters, asked, strict=True)
     ]
-    options = tuple(chr(code) for code in range(ord("A"), ord(max(given)) + 1)) if kind == "choice" else ()
     return [
-        Question(name, sample, kind, answer, options, sample.where.rpartition(":")[0] if several else "")
+        Question(
+            id=name,
+            sample=sample,
+            kind=kind,
+            answer=answer,
+            options=_letters(sample.turns[-1].shown, max(given)) if kind == "choice" else (),
+            category=sample.where.rpartition(":")[0] if several else "",
+        )
         for (name, sample, _), answer in zip(asked, given, strict=True)
     ]
+
+
+def _letters(text: str, last: str) -> tuple[str, ...]:
+    """The letters that a question's text gives its options, from A on; else those to the last that any row answers."""
+    given = set(OPTION.findall(text))
+    told = "".join(takewhile(given.__contains__, ascii_uppercase))
+    return tuple(told if len(told) > 1 else ascii_uppercase[: max(2, ascii_uppercase.index(last) + 1)])
 
 
 def _text(turn: Turn) -> str:

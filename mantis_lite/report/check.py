@@ -42,10 +42,11 @@ class Kept(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """A run of a prompt's tokens, as text; `pictures` placeholders are shown as one mark."""
+    """A run of a prompt's tokens, as text; a picture's placeholders are shown as one mark."""
 
     text: str
     trained: bool
+    is_picture: bool = False
 
 
 MOST_WORKERS = 16
@@ -61,6 +62,8 @@ class Check:
     prepared: Prepared
     notice: str | None
     outlook: Outlook | None
+    checkpoint: Checkpoint
+    encoder: Encoder
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Outlook:
     tokens: Spread
     images: Spread
     packs: int
+    budget: int
+    """Tokens of a full pack; without packing, those of the longest sample."""
     fill: float
     steps_per_epoch: int
     sample: Sample
@@ -98,7 +103,7 @@ def check(recipe: Recipe, decode: bool = True, watch: Watch = lambda found, tota
         if prepared.held_out is not None:
             prepared.held_out = _sound(prepared.held_out, encoder, prepared.rejects, watch)
     outlook = _outlook(recipe, checkpoint, encoder, prepared) if len(prepared.train) else None
-    return Check(prepared, checkpoint.notice, outlook)
+    return Check(prepared, checkpoint.notice, outlook, checkpoint, encoder)
 
 
 def _sound(samples: Samples, encoder: Encoder, rejects: list[SampleError], watch: Watch) -> Samples:
@@ -139,9 +144,10 @@ class _Decoded:
 def _outlook(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> Outlook | None:
     """None where no sample is left to show."""
     samples = prepared.train
-    sample, encoded = next(_encoded(prepared, encoder), (None, None))
-    if sample is None or encoded is None:
+    first_sound = next(_encoded(prepared, encoder), None)
+    if first_sound is None:
         return None
+    at, sample, encoded = first_sound
     packs = schedule(samples, recipe.packing, recipe.train)
     first = packs.packs[: packs.epoch_sizes[0]]
     longest = recipe.packing.max_length if recipe.packing.enabled else int(samples.lengths[:, 0].max())
@@ -151,21 +157,22 @@ def _outlook(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared:
         tokens=_spread(samples.lengths[:, 0]),
         images=_spread(samples.images),
         packs=packs.epoch_sizes[0],
+        budget=longest,
         fill=fill(samples.lengths[first.samples], len(first), longest),
         steps_per_epoch=-(-packs.epoch_sizes[0] // packs.per_step),
         sample=sample,
         rendered=render_tokens(encoder, encoded),
         trained_tokens=int((encoded.labels != IGNORE).sum()),
-        target=_target(prepared),
+        target=target_of(prepared, at),
         kept=_kept(recipe, checkpoint, encoder, prepared, packs),
     )
 
 
-def _encoded(prepared: Prepared, encoder: Encoder) -> Iterator[tuple[Sample, Encoded]]:
-    """Samples with what becomes of them, past those that cannot be decoded, if nothing was before."""
-    for sample in prepared.train:
+def _encoded(prepared: Prepared, encoder: Encoder) -> Iterator[tuple[int, Sample, Encoded]]:
+    """Samples with their place and what becomes of them, past those that cannot be decoded, if nothing was before."""
+    for at, sample in enumerate(prepared.train):
         try:
-            yield sample, encoder.encode(sample)
+            yield at, sample, encoder.encode(sample)
         except SampleError as error:
             prepared.rejects.append(error)
 
@@ -182,7 +189,7 @@ def render_tokens(encoder: Encoder, encoded: Encoded) -> list[Stretch]:
             text = f"[picture: {end - start} tokens]"
         else:
             text = encoder.tokenizer.decode(encoded.input_ids[start:end].tolist(), skip_special_tokens=False)
-        stretches.append(Stretch(text, bool(kinds[start] == 1)))
+        stretches.append(Stretch(text, bool(kinds[start] == 1), bool(kinds[start] > 1)))
     return stretches
 
 
@@ -210,14 +217,14 @@ def _name(image: Image) -> tuple[str, float | None]:
     return source, image.at if isinstance(image, Frame) else None
 
 
-def _target(prepared: Prepared) -> str | None:
-    """The first sample's target, by the labels' names."""
+def target_of(prepared: Prepared, at: int) -> str | None:
+    """A sample's target, by the labels' names, where its scores are what trains."""
     labels, targets = prepared.labels, prepared.train.targets
     if labels is None or targets is None:
         return None
     if labels.problem == "single_label":
-        return labels.names[targets[0]]
-    return ", ".join(f"{name} {value:g}" for name, value in zip(labels.names, targets[0], strict=True))
+        return labels.names[targets[at]]
+    return ", ".join(f"{name} {value:g}" for name, value in zip(labels.names, targets[at], strict=True))
 
 
 def _spread(counts: np.ndarray) -> Spread:

@@ -1,0 +1,390 @@
+"""A machine -> what of it counts for training, and whether Tiny Mantis trains, goes on, merges and packs on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from packaging.requirements import Requirement  # transformers and accelerate need it too
+from torch import Tensor
+from transformers import TrainerCallback
+
+from . import __version__
+from .agreement import logits_of
+from .contract import versions
+from .data.collate import collate
+from .data.encode import IGNORE, Encoder
+from .data.sample import Sample
+from .errors import CheckError, MantisError, one_line
+from .memory.card import card_at_hand
+from .memory.estimate import GIB
+from .merge import merge
+from .models import attention
+from .models.kernels import chosen_kernels
+from .models.load import loader_workers, placed, working_dtype
+from .quickstart import read_samples
+from .recipe import Recipe, make_recipe
+from .secrets import VALUE
+from .tiny import tasks
+from .tiny.pictures import draw
+from .trained import open_trained
+from .training.jsonlines import lines_of
+from .training.run import METRICS, start
+
+TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "peft": "0.21.2",
+    "trl": "1.16.0",
+    "bitsandbytes": "0.50.2",
+    "liger-kernel": "0.8.5",
+    "tokenizers": "0.23.3",
+    "safetensors": "0.8.0",
+    "pillow": "13.0.0",
+    "av": "18.1.0",
+    "numpy": "2.4.6",
+}
+"""What this release was tested on: of what numbers depend on, the versions in constraints.txt."""
+NAME = r"[^\s'\",;:()/]+"
+"""A folder's, in a line of text."""
+SHM = GIB
+"""Bytes of /dev/shm that batches on their way from the workers need; a container has 64 MiB where nothing is said."""
+ROWS, STEPS, STOP = 8, 4, 2
+"""Of the self-test: rows, which are all in each step; steps; and the one that a run is stopped after."""
+LOSS_APART = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.02}
+"""How far, as a share, the losses of a run that was stopped may be from those of one that was not."""
+LOGITS_APART = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}
+"""How far logits in a pack may be from those of each sample alone."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that has to hold here: whether it does, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a machine has, in words by what it is; and what was checked on it."""
+
+    facts: dict[str, str]
+    checks: list[Check]
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        if self.failed:
+            return f"failed: {', '.join(check.name for check in self.failed)}"
+        return f"all {len(self.checks)} checks are ok"
+
+
+def doctor(test: bool = True) -> Diagnosis:
+    """Look at this machine, and, with `test`, have Tiny Mantis train, go on, merge and be packed in a temporary folder.
+
+    Raises nothing for what is wrong: that is what its checks say.
+    """
+    checks = [_checked("packages", _packages), _checked("GPU", _gpu)]
+    if loader_workers():
+        checks.append(_checked("shared memory", _shared_memory))
+    if test:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # matrices this small only wait for each other
+        try:
+            with tempfile.TemporaryDirectory(prefix="mantis-lite-") as folder:
+                checks.extend(_self_test(Path(folder)))
+        finally:
+            torch.set_num_threads(threads)
+    return Diagnosis(dict(_facts()), checks)
+
+
+def lines(diagnosis: Diagnosis) -> list[str]:
+    """A diagnosis as text to show, and to paste into a bug report: no path of the machine is in it, and no token."""
+    width = max(map(len, [*diagnosis.facts, *(check.name for check in diagnosis.checks)])) + 2
+    told = [f"{name:{width}}{found}" for name, found in diagnosis.facts.items()]
+    for check in diagnosis.checks:
+        told.append(f"{check.name:{width}}{'ok' if check.passed else 'FAILED'}: {check.found}")
+    return [public(line) for line in [*told, f"{'verdict':{width}}{diagnosis.verdict}"]]
+
+
+def public(text: str) -> str:
+    """A line without the folders of this machine, and none at all where it may hold a secret.
+
+    >>> public("no such file: /home/ada/data/train.json")
+    'no such file: .../train.json'
+    """
+    if VALUE.search(text):
+        return "(a line that may hold a token is left out)"
+    for folder in (Path.cwd(), Path.home()):  # in whole, as names may have blanks
+        if folder.name:
+            text = re.sub(rf"{re.escape(str(folder))}(?!\w)", "~", text)
+    return re.sub(rf"(?<![\w.:/])(?:~|/{NAME})/(?:{NAME}/)*", ".../", text)
+
+
+# What the machine has.
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    yield "mantis-lite", f"{__version__}, Python {platform.python_version()}"
+    yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
+    driver = _driver()
+    yield "driver", f"NVIDIA {driver}" if driver else "none of NVIDIA's that answers"
+    yield "computes in", _precision()
+    memory = psutil.virtual_memory()
+    yield "memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}; {psutil.cpu_count()} CPUs"
+    yield "disk here", _room(Path())
+    yield "shared memory", _room(Path("/dev/shm"))
+    for name, found in versions().items():
+        if tested := TESTED.get(name):
+            yield name, found if found.partition("+")[0] == tested else f"{found} (tested on {tested})"
+    for kernel, does in attention.KERNELS.items():
+        yield f"attention {kernel}", _or_why(attention.unavailable(kernel), does)
+    for fused, why in chosen_kernels(_recipe(Path(), Path())).items():
+        yield f"kernel {fused}", _or_why(why, "available")
+    for extra, missing in _extras().items():
+        yield f"extra {extra}", f"not installed: {', '.join(missing)}" if missing else "installed"
+
+
+def _or_why(why_not: str | None, does: str) -> str:
+    return f"not available: {why_not}" if why_not else does
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version by its own tool, which knows it also where torch is built for CPUs."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return None
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _precision() -> str:
+    """What training computes in: a GPU older than Ampere says that it has bfloat16, and emulates it."""
+    name = str(working_dtype()).removeprefix("torch.")
+    if working_dtype() == torch.float16:
+        return f"{name}: bfloat16 is only emulated below capability 8.0"
+    return f"{name}, which the GPU has" if torch.cuda.is_available() else f"{name}, on the CPU"
+
+
+def _room(folder: Path) -> str:
+    if not folder.is_dir():
+        return "is not there"
+    usage = shutil.disk_usage(folder)
+    return f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f}"
+
+
+def _extras() -> dict[str, list[str]]:
+    """What each of the package's extras still needs; without that of its developers."""
+    try:
+        needed = [Requirement(line) for line in requires("mantis-lite") or ()]
+        extras = metadata("mantis-lite").get_all("Provides-Extra") or []
+    except PackageNotFoundError:  # told by the check of packages
+        return {}
+    found: dict[str, list[str]] = {}
+    for extra in set(extras) - {"dev"}:
+        own = [each for each in needed if each.marker and not each.marker.evaluate({"extra": ""})]
+        found[extra] = list(_lacking(each for each in own if each.marker and each.marker.evaluate({"extra": extra})))
+    return dict(sorted(found.items()))
+
+
+def _lacking(needed: Iterator[Requirement]) -> Iterator[str]:
+    """What is required and not here, or here in another version."""
+    for each in needed:
+        try:
+            found = version(each.name)
+        except PackageNotFoundError:
+            yield f"{each.name} is not here"
+            continue
+        if not each.specifier.contains(found, prereleases=True):
+            yield f"{each.name} {found}, where {each.specifier} is needed"
+
+
+# What is checked.
+
+
+def _checked(name: str, does: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, does())
+    except Exception as error:  # whatever is wrong with a machine is what is looked for here, and is told
+        if isinstance(error, MantisError):
+            return Check(name, False, ". ".join(line.strip() for line in str(error).splitlines()))
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return Check(name, False, f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {one_line(error)}")
+
+
+def _gpu() -> str:
+    """The GPU that torch sees; without one, that there is indeed none."""
+    if (card := card_at_hand()) is not None:
+        major, minor = torch.cuda.get_device_capability()
+        kind = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
+        return f"{kind}, CUDA {torch.version.cuda}; {card.words}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "none: CUDA_VISIBLE_DEVICES hides it"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
+    if driver := _driver():
+        remedy = "Install the torch for this driver: https://pytorch.org/get-started/locally"
+        raise CheckError(f"there is a driver, {driver}, but torch, built for {built}, sees no GPU\n  {remedy}")
+    return f"none, and torch is built for {built}"
+
+
+def _packages() -> str:
+    needed = [Requirement(line) for line in requires("mantis-lite") or ()]
+    own = [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    if lacking := list(_lacking(iter(own))):
+        raise CheckError(f"{'; '.join(lacking)}\n  Run pip install --upgrade mantis-lite.")
+    return f"{len(own)} of {len(own)} in versions that are supported"
+
+
+def _shared_memory() -> str:
+    free = shutil.disk_usage("/dev/shm").free
+    if free < SHM:
+        remedy = "Start the container with --shm-size=2g, or set train.dataloader_num_workers=0."
+        raise CheckError(f"{free / GIB:.2f} GiB are free, and {loader_workers()} workers need 1\n  {remedy}")
+    return f"{free / GIB:.1f} GiB are free"
+
+
+# The self-test.
+
+
+def _self_test(folder: Path) -> Iterator[Check]:
+    """Each of the four; what stands on a run that failed is not tried, and says so."""
+    data, whole, stopped = folder / "train.jsonl", folder / "whole", folder / "stopped"
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("train", lambda: _train(_recipe(data, whole))),
+        ("resume", lambda: _resume(_recipe(data, stopped), whole)),
+        ("merge", lambda: _merge(whole, folder / "merged")),
+        ("packed == separate", lambda: _packed(whole, data)),
+    ]
+    drawn = _checked("draw", lambda: _draw(data))
+    if not drawn.passed:
+        yield drawn
+        return
+    trained = _checked(*steps[0])
+    yield trained
+    for name, does in steps[1:]:
+        yield _checked(name, does) if trained.passed else Check(name, False, "not tried, as training failed")
+
+
+def _draw(file: Path) -> str:
+    """Write ROWS questions of a kind that Tiny Mantis was never asked, and their pictures beside."""
+    rows = []
+    for number in range(ROWS):
+        rng = random.Random(number)
+        exercise = tasks.odd_one_out(rng)
+        names = [f"{number}-{at}.png" for at in range(len(exercise.things))]
+        for name, thing in zip(names, exercise.things, strict=True):
+            draw(thing, rng).save(file.parent / name)
+        rows.append(json.dumps(tasks.row(f"drawn-{number}", exercise, names)))
+    file.write_text("\n".join(rows) + "\n")
+    return f"{ROWS} rows"
+
+
+def _recipe(data: Path, run_dir: Path) -> Recipe:
+    """LoRA on Tiny Mantis; each of its STEPS sees all rows, so that the loss falls from step to step."""
+    train = {"num_train_epochs": STEPS, "samples_per_step": ROWS, "learning_rate": 2e-3, "logging_steps": 1}
+    return make_recipe(
+        {
+            "model": "tiny",
+            "data": str(data),
+            "run_dir": str(run_dir),
+            "method": "lora",
+            "prompt": {"system": ""},
+            "packing": {"max_length": 1024},
+            "train": train | {"lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True},
+        }
+    )
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in lines_of(run_dir / METRICS) if "loss" in line]
+
+
+def _train(recipe: Recipe) -> str:
+    start(recipe).train()
+    found = _losses(recipe.run_dir)
+    if len(found) != STEPS or not all(map(math.isfinite, found)) or not found[-1] < found[0]:
+        raise CheckError(f"the loss does not fall in {STEPS} steps on {ROWS} rows: {_in_short(found)}")
+    return f"loss {found[0]:.3f} to {found[-1]:.3f} in {STEPS} steps"
+
+
+class _Stop(TrainerCallback):
+    """Has a run save and stop after its step STOP."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_training_stop = state.global_step == STOP
+
+
+def _resume(recipe: Recipe, whole: Path) -> str:
+    """A run that is stopped and goes on has to come to the losses of the one that was not."""
+    stopped = start(recipe, [_Stop()])
+    try:
+        stopped.walk()
+    finally:
+        stopped.lock.release()
+    going_on = start(recipe)
+    if going_on.resumed.step != STOP:
+        raise CheckError(f"a run that is stopped after step {STOP} goes on from step {going_on.resumed.step}")
+    going_on.train()
+    found, expected = _losses(recipe.run_dir), _losses(whole)
+    limit = LOSS_APART[working_dtype()]
+    if len(found) != len(expected) or not all(map(partial(math.isclose, rel_tol=limit), found, expected)):
+        raise CheckError(f"stopped after step {STOP} the losses are {_in_short(found)}, else {_in_short(expected)}")
+    return f"stopped after step {STOP} of {STEPS} and gone on with, the losses are the same"
+
+
+def _merge(run_dir: Path, to: Path) -> str:
+    """Merging raises CheckError itself where the merged model says something else."""
+    agreed = merge(run_dir, to).agreement
+    assert agreed is not None
+    return f"the merged model chooses as the adapter does at {agreed.share:.1%} of {agreed.positions} tokens"
+
+
+def _packed(run_dir: Path, data: Path) -> str:
+    """The answers' logits in one pack of all rows, and of each row alone."""
+    trained = open_trained(run_dir)
+    model, samples = trained.load(), read_samples(data)
+    separate = logits_of(model, trained.encoder, samples)
+    apart = (separate - _logits_in_a_pack(model, trained.encoder, samples)).abs().max().item()
+    limit = LOGITS_APART[model.dtype]
+    if not apart <= limit:
+        raise CheckError(
+            f"logits of a row in a pack are apart by {apart:.2g} from those of it alone, at most {limit:g}"
+        )
+    return f"logits of {len(samples)} rows are apart by {apart:.1e} at most"
+
+
+@torch.no_grad()
+def _logits_in_a_pack(model: Any, encoder: Encoder, samples: list[Sample]) -> Tensor:
+    """Logits (P, V) at the tokens of the samples' answers, as `logits_of` has them."""
+    batch = collate([encoder.encode(sample) for sample in samples], encoder.vision.batch)
+    batch["logits_to_keep"] = (batch.pop("labels")[0, 1:] != IGNORE).nonzero()[:, 0]
+    return model(**placed(batch, model)).logits[0].float().cpu()
+
+
+def _in_short(losses: list[float]) -> str:
+    return " ".join(f"{loss:.4f}" for loss in losses) or "none"
