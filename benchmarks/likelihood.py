@@ -3,8 +3,7 @@
     python -m benchmarks.likelihood [--questions 32] [--repeats 5]
 
 Tiny Mantis, on drawn rows of several pictures, each with four options of about ten tokens. Ways run in turn, and those
-that score these options must find the same log-probabilities within 1e-3. Written answers end where the model ends
-them, and are of 32 tokens at most.
+that score these options must find the same log-probabilities within 1e-3.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from mantis_lite.chat import MantisChat
 from mantis_lite.data.encode import Encoder
 from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.evaluate.asking import continuation
-from mantis_lite.generate import ends_of
+from mantis_lite.generate import ends_of, generate
 from mantis_lite.prefill import greedy, log_likelihoods, read
 from mantis_lite.tiny.pictures import THINGS
 from mantis_lite.tiny.tasks import drawn
@@ -74,6 +73,17 @@ def written(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Samp
     greedy(model, prompts, ends_of(model, encoder), 32)
 
 
+def explained(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Sample, list[str]]]) -> None:
+    """As a model that explains itself: nothing ends the answer before its 32 tokens."""
+    greedy(model, read(model, encoder, [encoder.encode_prompt(sample) for sample, _ in asked]), [], 32)
+
+
+def one_by_one(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[Sample, list[str]]]) -> None:
+    """As most harnesses ask: each question by itself, by transformers' own generate."""
+    for sample, _ in asked:
+        generate(model, encoder, [encoder.encode_prompt(sample)], 32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=32)
@@ -82,7 +92,14 @@ def main() -> None:
     torch.set_num_threads(1)
     chat = MantisChat("tiny")
     asked = questions(given.questions)
-    ways: dict[str, Callable] = {"letters": letters, "once": once, "alone": alone, "written": written}
+    ways: dict[str, Callable] = {
+        "letters": letters,
+        "once": once,
+        "alone": alone,
+        "written": written,
+        "explained": explained,
+        "one_by_one": one_by_one,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(given.repeats):
         found = {}
@@ -109,7 +126,9 @@ def lines(figures: dict) -> list[str]:
         "letters": "a prompt read once, its options' letters scored",
         "once": "a prompt read once, options of ten tokens scored",
         "alone": "a prompt read with each option of ten tokens",
-        "written": "a prompt read once, and an answer written",
+        "written": "a prompt read once, and an answer written to its end, of 1 to 32 tokens",
+        "explained": "a prompt read once, and 32 tokens written",
+        "one_by_one": "answers written one by one, by transformers' generate",
     }
     rows = [
         f"| {said[name]} | {of['median']:.1f} | {of['worst']:.1f} to {of['best']:.1f} |"

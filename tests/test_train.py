@@ -319,7 +319,7 @@ def test_the_quickstart_learns_what_it_could_not_do(tmp_path, monkeypatch):
     assert outcome.before < 0.5 and outcome.after >= 0.9
     assert (outcome.adapter / "adapter_model.safetensors").is_file()
     monkeypatch.chdir(tmp_path)
-    held_out = [f"data={tmp_path / 'run-data/held_out.jsonl'}"]
+    held_out = [f"data={tmp_path / 'run-data/held_out.jsonl'}", "prompt.system="]  # as the recipe has it
     (found,) = compared("tiny", str(tmp_path / "run"), held_out, html=Path("page.html"))
     assert (found.accuracy.a, found.accuracy.b) == (outcome.before, outcome.after) and found.count == 200
     assert 0 < found.accuracy.low < found.accuracy.gain < found.accuracy.high

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from ..errors import DataError, FitError, SampleError
 from ..recipe import PackingRecipe, Problem
 from .content import Content, content_of
-from .deaths import MOST_DEATHS, died
+from .deaths import MOST_DEATHS, TOLD, died
 from .encode import Encoder
 from .labels import RowLabels, read_labels
 from .lengths import LengthCache, Measured, records_of
@@ -223,7 +223,7 @@ def _beside(chunks: Chunks, workers: int) -> Generator[Read]:
             for read in _loaded(chunks, range(done, len(chunks)), workers):
                 yield read
                 done += 1
-        except RuntimeError as error:
+        except TOLD as error:
             died(error)
             deaths += 1
             source, stretch = chunks.stretches[done]

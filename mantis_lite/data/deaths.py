@@ -9,8 +9,12 @@ MOST_DEATHS = 3
 """So many are forgiven before what they were at is given up."""
 
 
-def died(error: RuntimeError) -> set[int]:
-    """The processes whose death an error of torch's tells of, as far as it knows them. Raises any other error.
+TOLD = (RuntimeError, ConnectionError, EOFError)
+"""How it is heard of: by torch's own words, or by a batch that breaks off as it is handed over."""
+
+
+def died(error: Exception) -> set[int]:
+    """The processes whose death an error tells of, as far as it knows them. Raises any other error.
 
     Deaths have no type of their own; what a worker raises itself comes as "Caught ... in DataLoader worker".
 
@@ -18,7 +22,10 @@ def died(error: RuntimeError) -> set[int]:
     they would be told to end by queues that are closed already, and each waited for.
     """
     found = re.search(r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)|^Pin memory thread exited", str(error))
-    if not found:
+    broken_off = isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught ")
+    if not (found or broken_off):
         raise error
     clear_frames(error.__traceback__)
+    if not found:
+        return set()
     return {int(process) for process in (found[1] or "").split(",") if process}

@@ -18,7 +18,7 @@ from .results import likeliest, read_results
 RESAMPLES, SEED = 10_000, 0
 SAME = ("benchmark", "protocol")
 """What of two summaries has to be the same."""
-TOLD = ("scoring", "max_new_tokens", "in_4_bits", "precision")
+TOLD = ("scoring", "max_new_tokens", "in_4_bits", "precision", "template", "system")
 """What may differ, and is told."""
 
 

@@ -211,6 +211,8 @@ def _asked(
         "in_4_bits": list(trained.recipe.quantized),
         "precision": str(working_dtype()).removeprefix("torch."),
         "prompts": opened.encoder.fingerprint,
+        "template": opened.encoder.template.name,
+        "system": opened.encoder.template.system if opened.encoder.system is None else opened.encoder.system,
         "benchmark": benchmark.name,
         "questions": sha256("\n".join(lines).encode()).hexdigest()[:16],
         "protocol": protocol,

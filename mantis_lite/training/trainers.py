@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..conflicts import METRICS
+from ..data.deaths import TOLD
 from ..data.encode import IGNORE
 from ..data.labels import Labels
 from ..data.schedule import Schedule
@@ -133,7 +134,7 @@ class Lasting(Trainer):
             while True:
                 try:
                     return super().evaluate(*args, **kwargs)
-                except RuntimeError as error:
+                except TOLD as error:
                     deaths.count(error)
                     if self.ranks.size > 1:  # the others are in the midst of it
                         raise

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 
 import torch
@@ -13,7 +14,7 @@ from accelerate import skip_first_batches
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..data.collate import Batch
-from ..data.deaths import MOST_DEATHS, died
+from ..data.deaths import MOST_DEATHS, TOLD, died
 from ..errors import DataError
 
 log = logging.getLogger("mantis_lite")
@@ -35,6 +36,15 @@ class Doing:
         if info := get_worker_info():
             self.table[info.id] = torch.tensor([os.getpid(), sample])
 
+    def gone(self) -> set[int]:
+        """The workers that are there no more, waited for as one that dies may not be gone yet."""
+        for _ in range(20):
+            there = {process.pid for process in torch.multiprocessing.active_children()}
+            if found := {process for process in self.table[:, 0].tolist() if process > 0} - there:
+                return found
+            time.sleep(0.05)
+        return set()
+
     def last(self, processes: set[int]) -> str:
         """The samples that these were at, in words."""
         found = [self.named(sample) for process, sample in self.table.tolist() if process in processes and sample >= 0]
@@ -48,9 +58,10 @@ class Deaths:
         self.doing = doing
         self.at: list[str] = []
 
-    def count(self, error: RuntimeError) -> None:
-        """Note the death that an error of torch's tells of. Raises WorkerError at the fourth, and any other error."""
-        self.at.append(self.doing.last(died(error)))
+    def count(self, error: Exception) -> None:
+        """Note the death that an error tells of. Raises WorkerError at the fourth, and any other error."""
+        gone = set() if isinstance(error, RuntimeError) else self.doing.gone()  # before the others end as well
+        self.at.append(self.doing.last(died(error) or gone))
         if len(self.at) > MOST_DEATHS:
             raise WorkerError(
                 f"data: {len(self.at)} DataLoader workers died, at {'; '.join(self.at)}\n"
@@ -82,7 +93,7 @@ class Feed:
         while True:
             try:
                 batch = next(self.batches)
-            except RuntimeError as error:
+            except TOLD as error:
                 self.deaths.count(error)
                 self.batches = iter(skip_first_batches(self.loader, self.taken))
             else:
