@@ -9,7 +9,9 @@ import torch
 from helpers import chat, logs_of, losses, recipe, write_rows
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from mantis_lite.data.deaths import died
 from mantis_lite.data.encode import Encoder
 from mantis_lite.training import signals
 from mantis_lite.training.checkpoints import newest
@@ -108,6 +110,28 @@ def test_a_sample_that_kills_every_worker_ends_the_run_with_a_checkpoint(llava_f
     assert newest(tmp_path / "other")[0].name == f"checkpoint-{step}" and step in (3, 4)
     assert raised.value.exit_code == 3
     assert set(torch.multiprocessing.active_children()) <= others  # even while the error is held
+
+
+def test_a_batch_that_breaks_off_as_it_is_handed_over_is_a_death(llava_folder, tmp_path, monkeypatch, caplog):
+    """Its worker is killed between the batch's arrival and that of its memory: the sample is known all the same."""
+    straight = run_of(llava_folder, tmp_path, "straight", 0).train()
+    handed = _MultiProcessingDataLoaderIter._try_get_data
+    calls = iter(range(100))
+
+    def broken_off(self, *args):
+        found = handed(self, *args)
+        if found[0] and next(calls) == 4:
+            victim = self._workers[0]
+            os.kill(victim.pid, signal.SIGKILL)
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return found
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken_off)
+    folder = run_of(llava_folder, tmp_path, "run", 2).train()
+    assert "a DataLoader worker died at rows.jsonl:" in caplog.text and next(calls) > 5
+    assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(folder).items())
+    with pytest.raises(ConnectionError, match="Caught"):
+        died(ConnectionError("Caught ConnectionError in DataLoader worker process 0."))
 
 
 def test_workers_leave_signals_to_the_trainer_but_do_not_outlive_it(llava_folder, tmp_path, monkeypatch):
