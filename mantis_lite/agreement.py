@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from .data.collate import collate
+from .data.collate import Batch, collate
 from .data.encode import IGNORE, Encoder
 from .data.sample import Sample
 from .errors import CheckError
@@ -40,6 +40,14 @@ class Agreement:
     rows: str
 
 
+def at_answers(model: PreTrainedModel | PeftModel, batch: Batch, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (P, V), float32, at a pack's tokens with loss and nowhere else, and these tokens (P,)."""
+    labels = batch["labels"][0, 1:]
+    at = (labels != IGNORE).nonzero()[:most, 0]
+    asked = {key: value for key, value in batch.items() if key != "labels"} | {"logits_to_keep": at}
+    return model(**placed(asked, model)).logits[0].float(), labels[at]
+
+
 @torch.no_grad()
 def logits_of(model: PreTrainedModel | PeftModel, encoder: Encoder, samples: Sequence[Sample]) -> Tensor:
     """Logits (P, V) at the tokens of the samples' answers, float32 on the CPU; of a score head (S, L)."""
@@ -47,12 +55,13 @@ def logits_of(model: PreTrainedModel | PeftModel, encoder: Encoder, samples: Seq
     left = POSITIONS
     for number, sample in enumerate(samples):
         batch = collate([encoder.encode(sample)], encoder.vision.batch)
-        labels = batch.pop("labels")
         if encoder.score is None:
-            at = (labels[0, 1:] != IGNORE).nonzero()[:, 0][: -(-left // (len(samples) - number))]
-            left -= len(at)
-            batch["logits_to_keep"] = at
-        found.append(model(**placed(batch, model)).logits.flatten(0, -2).float().cpu())
+            logits, _ = at_answers(model, batch, -(-left // (len(samples) - number)))
+            left -= len(logits)
+        else:
+            del batch["labels"]
+            logits = model(**placed(batch, model)).logits.flatten(0, -2).float()
+        found.append(logits.cpu())
     return torch.cat(found)
 
 

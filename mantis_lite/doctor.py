@@ -22,22 +22,19 @@ from typing import Any
 import psutil
 import torch
 from packaging.requirements import Requirement  # transformers and accelerate need it too
-from torch import Tensor
 from transformers import TrainerCallback
 
 from . import __version__
-from .agreement import logits_of
+from .agreement import at_answers, logits_of
 from .contract import versions
 from .data.collate import collate
-from .data.encode import IGNORE, Encoder
-from .data.sample import Sample
 from .errors import CheckError, MantisError, one_line
 from .memory.card import card_at_hand
 from .memory.estimate import GIB
 from .merge import merge
 from .models import attention
 from .models.kernels import chosen_kernels
-from .models.load import loader_workers, placed, working_dtype
+from .models.load import loader_workers, working_dtype
 from .quickstart import read_samples
 from .recipe import Recipe, make_recipe
 from .secrets import VALUE
@@ -369,21 +366,16 @@ def _packed(run_dir: Path, data: Path) -> str:
     trained = open_trained(run_dir)
     model, samples = trained.load(), read_samples(data)
     separate = logits_of(model, trained.encoder, samples)
-    apart = (separate - _logits_in_a_pack(model, trained.encoder, samples)).abs().max().item()
+    pack = collate([trained.encoder.encode(sample) for sample in samples], trained.encoder.vision.batch)
+    with torch.no_grad():
+        together, _ = at_answers(model, pack)
+    apart = (separate - together.cpu()).abs().max().item()
     limit = LOGITS_APART[model.dtype]
     if not apart <= limit:
         raise CheckError(
             f"logits of a row in a pack are apart by {apart:.2g} from those of it alone, at most {limit:g}"
         )
     return f"logits of {len(samples)} rows are apart by {apart:.1e} at most"
-
-
-@torch.no_grad()
-def _logits_in_a_pack(model: Any, encoder: Encoder, samples: list[Sample]) -> Tensor:
-    """Logits (P, V) at the tokens of the samples' answers, as `logits_of` has them."""
-    batch = collate([encoder.encode(sample) for sample in samples], encoder.vision.batch)
-    batch["logits_to_keep"] = (batch.pop("labels")[0, 1:] != IGNORE).nonzero()[:, 0]
-    return model(**placed(batch, model)).logits[0].float().cpu()
 
 
 def _in_short(losses: list[float]) -> str:

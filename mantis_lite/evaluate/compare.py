@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from ..errors import RecipeError
 from .question import Result
-from .results import likeliest, read_results
+from .results import correct, likely, read_results
 
 RESAMPLES, SEED = 10_000, 0
 SAME = ("benchmark", "protocol")
@@ -95,11 +95,11 @@ def compare(a: Path, b: Path, resamples: int = RESAMPLES, seed: int = SEED) -> C
         count=len(pairs),
         alone=(len(before) - len(pairs), len(after) - len(pairs)),
         otherwise={key: (summary.get(key), other.get(key)) for key in TOLD if summary.get(key) != other.get(key)},
-        accuracy=_difference(pairs, _right, overall, resamples, rng),
-        likelihood=_difference(weighed, _likely, overall, resamples, rng) if weighed else None,
+        accuracy=_difference(pairs, correct, overall, resamples, rng),
+        likelihood=_difference(weighed, likely, overall, resamples, rng) if weighed else None,
         categories={
             category: _difference(
-                [pair for pair in pairs if pair[0].category == category], _right, "rows", resamples, rng
+                [pair for pair in pairs if pair[0].category == category], correct, "rows", resamples, rng
             )
             for category in _several(pairs)
         },
@@ -116,14 +116,6 @@ def flipped(found: Comparison) -> dict[str, tuple[int, int]]:
 
 def _asked(result: Result, prompt: bool) -> tuple[str, ...]:
     return result.answer, result.category, result.prompt if prompt else ""
-
-
-def _right(result: Result) -> float:
-    return result.correct
-
-
-def _likely(result: Result) -> float:
-    return float(likeliest(result.logprobs) == result.answer)
 
 
 def _several(pairs: Sequence[tuple[Result, Result]]) -> list[str]:

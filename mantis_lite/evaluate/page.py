@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL.Image import Image as Picture
 
-from ..files import write_whole
+from ..pages import thumbnail, write_html
 from .compare import Comparison, flipped
 from .question import Result
 
-SIDE = 256
-"""Pixels of a picture's longer side."""
 MOST_BYTES = 8_000_000
 """Of text, and of pictures in base64; rows beyond are counted, and not shown."""
 MOST_ROWS = 400
@@ -36,15 +31,11 @@ def write_page(found: Comparison, pictures: Callable[[Result], list[Picture]], f
     """Write the page; no request leaves it, and what rows say cannot become part of it. Raises OSError, SampleError."""
     broken, left = _rows(found.broken, pictures, MOST_BYTES // 2)
     fixed, left_fixed = _rows(found.fixed, pictures, MOST_BYTES // 2)
-    environment = Environment(
-        loader=PackageLoader("mantis_lite.evaluate", "."), autoescape=select_autoescape(default=True), trim_blocks=True
-    )
     sections = [
         ("Broken, better in A", broken, len(found.broken), left),
         ("Fixed, better in B", fixed, len(found.fixed), left_fixed),
     ]
-    text = environment.get_template("compare.html").render(found=found, flipped=flipped(found), sections=sections)
-    write_whole(file, text.encode(errors="backslashreplace"))
+    write_html("evaluate/compare.html", file, found=found, flipped=flipped(found), sections=sections)
 
 
 def _rows(
@@ -71,11 +62,3 @@ def _pieces(prompt: str, links: list[str]) -> list[tuple[str, str]]:
             pieces.append(("text", MARK) if link is None else ("picture", link))
         pieces.append(("text", text))
     return [*pieces, *(("picture", link) for link in left)]  # of a clip, whose mark was one
-
-
-def thumbnail(picture: Picture) -> str:
-    small = picture.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,12 @@ def summarise(results: Sequence[Result], overall: str) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "count": len(results),
         "overall": overall,
-        **_accuracies(results, _correct(results), overall),
+        **_accuracies(results, correct, overall),
     }
     summary["unread"] = sum(result.parsed is None for result in results)
     weighed = [result for result in results if result.logprobs]
     if weighed:
-        summary["likelihood"] = {"count": len(weighed)} | _accuracies(weighed, _likeliest(weighed), overall)
+        summary["likelihood"] = {"count": len(weighed)} | _accuracies(weighed, likely, overall)
     return summary
 
 
@@ -81,10 +81,11 @@ def interval(shares: np.ndarray) -> tuple[float, float]:
     return max(0.0, mean - reach), min(1.0, mean + reach)
 
 
-def _accuracies(results: Sequence[Result], shares: np.ndarray, overall: str) -> dict[str, Any]:
+def _accuracies(results: Sequence[Result], share: Callable[[Result], float], overall: str) -> dict[str, Any]:
+    shares = np.array([share(result) for result in results], dtype=float)
     of: defaultdict[str, list[float]] = defaultdict(list)
-    for result, share in zip(results, shares.tolist(), strict=True):
-        of[result.category].append(share)
+    for result, value in zip(results, shares.tolist(), strict=True):
+        of[result.category].append(value)
     parts = {category: np.array(of[category]) for category in sorted(of)}
     if overall == "categories":
         accuracy, bounds = float(np.mean([part.mean() for part in parts.values()])), of_means(list(parts.values()))
@@ -110,12 +111,14 @@ def of_means(parts: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(means.mean()) - down, float(means.mean()) + up
 
 
-def _correct(results: Sequence[Result]) -> np.ndarray:
-    return np.array([result.correct for result in results], dtype=float)
+def correct(result: Result) -> float:
+    """What an answer is worth."""
+    return result.correct
 
 
-def _likeliest(results: Sequence[Result]) -> np.ndarray:
-    return np.array([float(likeliest(result.logprobs) == result.answer) for result in results])
+def likely(result: Result) -> float:
+    """Whether the likeliest letter is the right one."""
+    return float(likeliest(result.logprobs) == result.answer)
 
 
 def likeliest(logprobs: dict[str, float] | None) -> str | None:

@@ -20,15 +20,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ..agreement import at_answers
 from ..data.collate import Batch, collate
-from ..data.encode import IGNORE, Encoder
+from ..data.encode import Encoder
 from ..data.mixture import sources_of_all
 from ..data.prepare import Samples, read_rows
 from ..data.sample import Turn
 from ..data.schedule import pack_epoch
 from ..data.shards import are_shards
 from ..data.source import open_source
-from ..models.load import loader_workers, placed
+from ..models.load import loader_workers
 from ..recipe import PackingRecipe, Recipe, Task
 from .benchmark import Benchmark, Metrics
 from .parsing import choice
@@ -101,11 +102,9 @@ def loss(model: PreTrainedModel, encoder: Encoder, samples: Samples, packing: Pa
     )
     total, count = 0.0, 0
     for batch in packs:
-        labels = batch.pop("labels")[0, 1:]
-        at = (labels != IGNORE).nonzero()[:, 0]
-        logits = model(**placed(batch | {"logits_to_keep": at}, model)).logits[0].float()
-        total += cross_entropy(logits, labels[at].to(logits.device), reduction="sum").item()
-        count += len(at)
+        logits, wanted = at_answers(model, batch)
+        total += cross_entropy(logits, wanted.to(logits.device), reduction="sum").item()
+        count += len(wanted)
     return total / count
 
 

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ..data.encode import IGNORE
 from ..data.packs import BLANK
 from ..data.sample import Sample
 from ..errors import RecipeError, SampleError
-from ..evaluate.page import thumbnail
-from ..files import write_whole
 from ..memory.estimate import GIB
 from ..memory.overrides import Work, taken
 from ..memory.packs import Planned
+from ..pages import thumbnail, write_html
 from ..recipe import Recipe
 from .check import Check, Outlook, render_tokens, target_of
 from .fit import with_gpus
@@ -102,11 +100,10 @@ def write_check_page(found: Check, recipe: Recipe, file: Path) -> None:
 
     However many rows there are, some are shown, and the others counted.
     """
-    environment = Environment(
-        loader=PackageLoader("mantis_lite.report", "."), autoescape=select_autoescape(default=True), trim_blocks=True
-    )
     outlook, rejects = found.outlook, _rejects(found)
-    text = environment.get_template("check.html").render(
+    write_html(
+        "report/check.html",
+        file,
         found=found,
         recipe=recipe,
         rejects=rejects,
@@ -117,7 +114,6 @@ def write_check_page(found: Check, recipe: Recipe, file: Path) -> None:
         hues=HUES,
         memory=_memory(found, outlook, recipe) if outlook else None,
     )
-    write_whole(file, text.encode(errors="backslashreplace"))
 
 
 def _rejects(found: Check) -> list[SampleError]:

@@ -1,0 +1,37 @@
+"""One self-contained HTML file of a template of the package's, and pictures small enough to be in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL.Image import Image as Picture
+
+from .files import write_whole
+
+SIDE = 256
+"""Pixels of a picture's longer side."""
+
+
+def write_html(template: str, file: Path, **found: Any) -> None:
+    """Write what a template, named from the package's folder, makes of what was found, all of it escaped.
+
+    Raises OSError.
+    """
+    environment = Environment(
+        loader=PackageLoader("mantis_lite", "."), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    text = environment.get_template(template).render(found)
+    write_whole(file, text.encode(errors="backslashreplace"))
+
+
+def thumbnail(picture: Picture) -> str:
+    """A picture as a small JPEG in a data: URI."""
+    small = picture.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
