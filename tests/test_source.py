@@ -184,7 +184,7 @@ def test_no_row_left(tmp_path):
         ("a.json", b'[{"a": 1},\n {]', "not JSON: .*line 2 column 3\n  Mend it there"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "the file is UTF-16\n  Write it as UTF-8"),
         ("a.json.gz", b"[]", "cannot be read: Not a gzipped file.*\n  Make the file again"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "cannot be read: .*\n  Make the file again"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "cannot be read: .*\n  Make the file again"),
         ("a.csv", b"a,b", "not a kind of file that holds rows\n  Those are: .json, .jsonl"),
         ("a.parquet", b"PAR1", "not Parquet of one layout: .*\n  Write it again"),
         ("b/a.txt", b"", "a folder without .parquet files or a saved dataset\n  Name the file or folder"),
