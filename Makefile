@@ -33,7 +33,7 @@ LMMS := chardet colorama dataproperty evaluate filelock==3.20.3 lmms-eval==0.7.3
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LMMS)
 
 test-slow: .venv/scale .venv/lmms
-	$(BIN)/pytest -m slow
+	$(TESTS) -m slow
 
 test-all: test test-slow
 

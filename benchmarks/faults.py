@@ -42,13 +42,14 @@ class AtStep(TrainerCallback):
 
 
 class InEvaluation(TrainerCallback):
-    """Sends its own process a signal as it evaluates."""
+    """Sends its own process a signal as it evaluates after a step."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        os.kill(os.getpid(), self.number)
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
 
 
 class HoldAt(TrainerCallback):
@@ -84,8 +85,8 @@ class Progress(TrainerCallback):
 def faults(job: dict[str, Any]) -> list[TrainerCallback]:
     """The callbacks that a job asks for.
 
-    `kill_at` a step, once it is `saved` or not; `signals` as (step, signal); `signal_in_evaluation`; `hold_at` (step,
-    file) until it is there; `poison` as (step, "weights" or
+    `kill_at` a step, once it is `saved` or not; `signals` as (step, signal); `signal_in_evaluation`
+    of a step; `hold_at` (step, file) until it is there; `poison` as (step, "weights" or
     "gradient"); `kill_worker` at a step; `limit` as (step, bytes) of each file that is written then; `progress` to a
     file.
     """
@@ -95,7 +96,7 @@ def faults(job: dict[str, Any]) -> list[TrainerCallback]:
     for step, number in job.get("signals", ()):
         found.append(AtStep(step, partial(_signal, number)))
     if "signal_in_evaluation" in job:
-        found.append(InEvaluation(job["signal_in_evaluation"]))
+        found.append(InEvaluation(*job["signal_in_evaluation"]))
     if "hold_at" in job:
         found.append(HoldAt(*job["hold_at"]))
     if "poison" in job:

@@ -1,4 +1,4 @@
-"""The README's table of benchmarks/results/gpu.json: `python -m benchmarks.gpu_table` prints it."""
+"""The table in docs/measured.md of benchmarks/results/gpu.json: `python -m benchmarks.gpu_table` prints it."""
 
 from __future__ import annotations
 

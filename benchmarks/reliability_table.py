@@ -1,4 +1,4 @@
-"""The README's table of benchmarks/results/reliability.json: `python -m benchmarks.reliability_table` prints it."""
+"""The table in docs/reliability.md of benchmarks/results/reliability.json: `python -m benchmarks.reliability_table` prints it."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .chat import MantisChat
     from .recipe import Recipe, load_recipe
     from .scoring import Predictions
+    from .training.progress import How
 
 __version__ = "0.1.0"
 __all__ = ["MantisChat", "Recipe", "load_recipe", "predict", "train"]
@@ -28,14 +29,19 @@ def train(
     overrides: Iterable[str] = (),
     from_scratch: bool = False,
     import_upstream: bool = False,
+    show: How = "auto",
 ) -> Path:
     """Train a recipe, or the one of a name with `key=value` overrides; returns the folder of what was trained.
 
     `from_scratch` moves an old run aside; `import_upstream` allows the pickles of a `model.adapter` that the original
-    Mantis code wrote. Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
+    Mantis code wrote. `show`: "auto" is a bar at a terminal and in a notebook, and lines elsewhere;
+    or "lines", "json", "quiet". Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
     """
+    from .process import prepare_process
+
+    prepare_process()
     from .recipe import Recipe, load_recipe
-    from .training import run  # torch is imported when it is needed
+    from .shown import train as train_shown  # torch is imported when it is needed
 
     if isinstance(recipe, Recipe):
         if overrides:
@@ -44,7 +50,7 @@ def train(
             )
     else:
         recipe = load_recipe(recipe, overrides)
-    return run.train(recipe, from_scratch=from_scratch, import_upstream=import_upstream)
+    return train_shown(recipe, show, from_scratch, import_upstream)
 
 
 def predict(
@@ -54,6 +60,9 @@ def predict(
 
     `metrics` compares with the rows' own labels. Raises RecipeError, DataError, SampleError and FitError.
     """
+    from .process import prepare_process
+
+    prepare_process()
     from . import scoring  # as above
 
     return scoring.predict(source, list(overrides), metrics, output)
@@ -62,6 +71,9 @@ def predict(
 def __getattr__(name: str) -> Any:
     """MantisChat, Recipe and load_recipe, imported once they are asked for: the command line asks for none at first."""
     if name == "MantisChat":
+        from .process import prepare_process
+
+        prepare_process()
         from .chat import MantisChat
 
         return MantisChat

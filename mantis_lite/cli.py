@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .process import prepare_process
 from .shown import (
     printable,
     show_check,
@@ -27,7 +26,7 @@ from .shown import (
     show_pushed,
     show_rows,
     show_shards,
-    show_start,
+    train,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +45,16 @@ recipes_app = typer.Typer(help="The recipes that come with the package.", no_arg
 app.add_typer(recipes_app, name="recipes")
 data_app = typer.Typer(help="Data sets: getting them, and making them ready.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def options(
+    no_color: Annotated[bool, typer.Option("--no-color", help="Write no colours, as with NO_COLOR set.")] = False,
+) -> None:
+    """Fine-tune Mantis multi-image vision-language models on one small GPU."""
+    if no_color:
+        os.environ["NO_COLOR"] = "1"
+
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or YAML file; `chat` is the default chat recipe.")]
 Overrides = Annotated[
@@ -75,19 +84,22 @@ def train_command(
     gpu: Gpu = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Of this machine; else all, with a launch.strategy.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines, each with MASTER_ADDR and NODE_RANK set.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines: how it begins, every log, how it ends.")] = False,
 ) -> None:
-    """Train a recipe; its adapter, metrics and loss curve land in run_dir. Run it again to go on where it stopped."""
+    """Train a recipe; its adapter, metrics and page land in run_dir. Run it again to go on where it stopped."""
+    from .errors import RecipeError
     from .recipe import load_recipe
 
+    if quiet and as_json:
+        raise RecipeError("--quiet: shows nothing, and --json every log\n  Leave one of them out.")
     asked = {"launch.gpus": gpus, "launch.nodes": nodes}
     words = [*(overrides or ()), *(f"{key}={count}" for key, count in asked.items() if count is not None)]
     loaded = load_recipe(recipe, words)
     _offer_download(loaded)
-    _prepare_process()
+    prepare_process()
     from .errors import Stopped
-    from .training.callbacks import ProgressBar
     from .training.ranks import is_launched
-    from .training.run import start
     from .training.strategy import require_strategy
 
     require_strategy(loaded)
@@ -95,16 +107,28 @@ def train_command(
         from .training.launch import launch
 
         raise typer.Exit(launch(loaded.launch, sys.argv[1:], bool(loaded.train.get("use_cpu"))))
-    with ProgressBar() as bar:
-        try:
-            run = start(loaded, [bar], from_scratch, import_upstream, gpu, accept_changes=accept_changes)
-        except KeyboardInterrupt:
-            raise Stopped(signal.SIGINT, None) from None
-        if run.ranks.is_first:
-            show_start(run)
-        saved = run.train()
-    if run.ranks.is_first:
-        typer.echo(f"\nsaved {saved}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
+    try:
+        train(
+            loaded,
+            "quiet" if quiet else "json" if as_json else "auto",
+            from_scratch,
+            import_upstream,
+            gpu,
+            accept_changes,
+        )
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, None) from None
+
+
+@app.command("watch")
+def watch_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder: its run_dir.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any that is free.")] = 7870,
+) -> None:
+    """Show a run's page in the browser, on this machine alone, as it is now: while it trains, and afterwards."""
+    from .watch import watch
+
+    watch(run, port, typer.echo)
 
 
 @app.command("check")
@@ -123,7 +147,7 @@ def check_command(
     if output is not None and output.exists():
         raise RecipeError(f"--output: {output} exists already\n  Name another file.")
     _offer_download(loaded)
-    _prepare_process()
+    prepare_process()
     from .data.prepare import write_rejects
     from .report.check import check
 
@@ -153,7 +177,7 @@ def fit_command(
     from .recipe import find_recipe
 
     find_recipe(recipe)
-    _prepare_process()
+    prepare_process()
     from .report.fit import fit
 
     found = fit(recipe, overrides or (), gpu)
@@ -174,7 +198,7 @@ def predict_command(
     output: Annotated[Path | None, typer.Option(help="The file of predictions; its neighbours take its name.")] = None,
 ) -> None:
     """Score the rows of data=... with a trained head; writes a JSON line for each."""
-    _prepare_process()
+    prepare_process()
     from .scoring import predict
 
     found = predict(model, overrides or (), metrics, output)
@@ -209,7 +233,7 @@ def evaluate_command(
     judge_model: Annotated[str | None, typer.Option(help="The model that is asked there.")] = None,
 ) -> None:
     """Ask a model a benchmark's questions, or your own rows', and say how right it is. Run it again to go on."""
-    _prepare_process()
+    prepare_process()
     from .training.ranks import is_launched, world
 
     if gpus and gpus > 1 and not is_launched():
@@ -243,7 +267,7 @@ def compare_command(
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Ask again what has answers there.")] = False,
 ) -> None:
     """Say whether B is better than A, with an interval, and which rows flipped; of results, or of models."""
-    _prepare_process()
+    prepare_process()
     from .evaluate.run import compared
 
     watch = _watched("answering")
@@ -272,7 +296,7 @@ def chat_command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
 ) -> None:
     """Ask a run, an adapter or a model about pictures and clips; /help lists what else can be typed."""
-    _prepare_process()
+    prepare_process()
     if web:
         from .web import require_gradio
 
@@ -322,7 +346,7 @@ def merge_command(
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not run the two to compare them.")] = False,
 ) -> None:
     """Merge an adapter into its base, a tensor at a time, and check that the two say the same."""
-    _prepare_process()
+    prepare_process()
     from .merge import merge
 
     def watch(files: list[Path]) -> Iterable[Path]:
@@ -353,7 +377,7 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be pushed, and send nothing.")] = False,
 ) -> None:
     """Put what was trained on the hub, with a card, privately. Run it again to go on where it was cut off."""
-    _prepare_process()
+    prepare_process()
     from .push import push
 
     show_pushed(push(source, repo, create_pr, update, public, license, dry_run))
@@ -374,7 +398,7 @@ def serve_command(
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for one that is answered.")] = 8,
 ) -> None:
     """Answer OpenAI's chat API, pictures as data URLs; on this machine alone, or with a key."""
-    _prepare_process()
+    prepare_process()
     from .chat_request import Limits
     from .serve import serve
 
@@ -399,7 +423,7 @@ def export_command(
     no_check: Annotated[bool, typer.Option("--no-check", help="Merge without comparing, in less memory.")] = False,
 ) -> None:
     """Write Idefics3, SmolVLM and Qwen-VL as GGUF for llama.cpp, by its own converter; an adapter is merged first."""
-    _prepare_process()
+    prepare_process()
     from .export import export
     from .merge import LEAST
 
@@ -415,14 +439,14 @@ def export_command(
 @app.command("quickstart")
 def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = False) -> None:
     """Fine-tune the built-in Tiny Mantis on odd-one-out among four pictures: minutes, on a CPU."""
-    _prepare_process()
+    prepare_process()
     from .quickstart import quickstart
-    from .training.callbacks import ProgressBar
+    from .training.progress import progress
 
-    with ProgressBar() as bar:
-        outcome = quickstart(overrides or (), [bar], from_scratch, typer.echo)
+    with progress("auto", typer.echo) as callbacks:
+        outcome = quickstart(overrides or (), callbacks, from_scratch, typer.echo)
     typer.echo(f"\nheld-out accuracy: {outcome.before:.1%} before, {outcome.after:.1%} after")
-    typer.echo(f"saved {outcome.adapter}; metrics.jsonl, recipe.yaml and loss.png lie beside it")
+    typer.echo(f"saved {outcome.adapter}; report.html, metrics.jsonl, recipe.yaml and loss.png lie beside it")
 
 
 @app.command("doctor")
@@ -430,7 +454,7 @@ def doctor_command(
     no_test: Annotated[bool, typer.Option("--no-test", help="Only look: train nothing.")] = False,
 ) -> None:
     """Say what this machine has, and try on it, in seconds, that Tiny Mantis trains, resumes, merges and packs."""
-    _prepare_process()
+    prepare_process()
     from .doctor import doctor, lines
     from .errors import CheckError
 
@@ -449,7 +473,7 @@ def init_command(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take what is given and guessed.")] = False,
 ) -> None:
     """Look at your data and write a first recipe for it and your card; says what to run next."""
-    _prepare_process()
+    prepare_process()
     from .init import answers, draft, require_new, write
 
     def ask(question: str, guess: str | None) -> str:
@@ -509,7 +533,7 @@ def prepare_data(
         size = size_of(shard_size)
     except ValueError as error:
         raise RecipeError(f"--shard-size: {error}, found {shard_size}") from None
-    _prepare_process()
+    prepare_process()
     from .sharding import shard
 
     done = shard(loaded, to, engine, layout, size, workers or os.cpu_count() or 1, _watched("writing shards"))
@@ -572,24 +596,6 @@ def _is_mine_to_say(error: Exception) -> bool:
     from .errors import DataError, OutOfMemory
 
     return os.environ.get("RANK", "0") == "0" or isinstance(error, DataError | OutOfMemory)
-
-
-def _prepare_process() -> None:
-    """Quiet what is not the user's concern, and report nothing home; before torch is imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning cripple torch on a busy CPU
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # packs differ, and would leave gaps on a card
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
 
 
 def _watched(does: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:

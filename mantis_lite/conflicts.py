@@ -131,7 +131,7 @@ def _eval_conflicts(recipe: Recipe) -> Iterator[str]:
             yield f"train.{key}: has no effect beside eval.metric\n  Leave it out."
     if asked.metric is not None and asked.every:
         yield from _saving_conflicts(recipe.train, asked.every)
-    if asked.generate and (why := _silent(recipe)):
+    if asked.generate and (why := silent(recipe)):
         yield f"eval.generate: {asked.generate}, but {why}\n  Leave it out; afterwards `mantis-lite evaluate` asks."
 
 
@@ -144,7 +144,7 @@ def _saving_conflicts(train: Mapping[str, Any], every: int) -> Iterator[str]:
         yield f"train.save_strategy: {how}, but eval.metric goes back to what is saved by steps\n  Leave it out."
 
 
-def _silent(recipe: Recipe) -> str | None:
+def silent(recipe: Recipe) -> str | None:
     """Why a model cannot answer while it trains."""
     if recipe.task not in ("chat", "video"):
         return f"task={recipe.task} answers nothing"

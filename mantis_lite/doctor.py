@@ -42,7 +42,8 @@ from .tiny import tasks
 from .tiny.pictures import draw
 from .trained import open_trained
 from .training.jsonlines import lines_of
-from .training.run import METRICS, start
+from .training.run import start
+from .training.run_files import METRICS
 
 TESTED = {
     "torch": "2.13.0",

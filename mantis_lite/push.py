@@ -32,8 +32,8 @@ from .plain_clients import TEMPLATE
 from .secrets import refuse_secrets
 from .trained import RECIPE, Trained, is_run, open_trained
 from .training.checkpoints import MANIFEST, fault
+from .training.run_files import CURVE, METRICS
 
-METRICS, CURVE = "metrics.jsonl", "loss.png"
 MADE = (CARD, TEMPLATE, RECIPE)
 """What is written for the push; a file of the folder's own that is called so stays here."""
 

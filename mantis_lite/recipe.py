@@ -255,8 +255,8 @@ class MemoryRecipe(Section):
 class EvalRecipe(Section):
     every: Positive | None = None
     """Evaluate after so many steps, on `data.eval`."""
-    generate: Annotated[int, Field(ge=0)] = 0
-    """So many held-out rows are answered each time."""
+    generate: Annotated[int, Field(ge=0)] | None = None
+    """So many held-out rows are answered each time; else 4, where the model can."""
     metric: str | None = None
     """Keep the checkpoint that is best by it: `loss`, or one of the score head's."""
     patience: Positive | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,62 @@ if TYPE_CHECKING:
     from .evaluate.evaluation import Evaluation
     from .metrics import Metrics
     from .push import Pushed
+    from .recipe import Recipe
     from .report.check import Check, Outlook
     from .report.fit import Fit
     from .report.probe import Probe
     from .sharding import Sharded
+    from .training.progress import How
     from .training.run import Run
 
 
 def printable(text: str) -> str:
     """Text from a row, without what a terminal would take for a command, and without half characters."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def train(
+    recipe: Recipe,
+    how: How = "auto",
+    from_scratch: bool = False,
+    import_upstream: bool = False,
+    gpu: float | None = None,
+    accept_changes: bool = False,
+) -> Path:
+    """Train a recipe, and show what trains, how it goes and what was saved; returns the folder of it.
+
+    The arguments are those of `start`, and so are the errors that are raised.
+    """
+    from .training.progress import progress
+    from .training.run import start
+
+    with progress(how, typer.echo) as callbacks:
+        run = start(recipe, callbacks, from_scratch, import_upstream, gpu, accept_changes=accept_changes)
+        if run.ranks.is_first:
+            _begun(run, how)
+        saved = run.train()
+    if run.ranks.is_first:
+        _ended(run, saved, how)
+    return saved
+
+
+def _begun(run: Run, how: How) -> None:
+    if how == "json":
+        facts = {key: value for key, value in run.facts.items() if key != "answered"}  # pictures, for the page
+        typer.echo(json.dumps({"event": "start", "run_dir": str(run.recipe.run_dir), **facts}))
+    elif how != "quiet":
+        show_start(run)
+
+
+def _ended(run: Run, saved: Path, how: How) -> None:
+    following = run.facts["next"]["finished"]
+    if how == "json":
+        typer.echo(json.dumps({"event": "end", "saved": str(saved), "next": following}))
+    elif how != "quiet":
+        typer.echo(f"\nsaved {saved}; report.html, metrics.jsonl, recipe.yaml and loss.png lie beside it")
+        width = max(len(command) for _, command in following)
+        for what, command in following:
+            typer.echo(f"  {command:<{width}}  # {what}")
 
 
 def show_start(run: Run) -> None:
@@ -36,13 +83,15 @@ def show_start(run: Run) -> None:
     table.add_column("in 4 bits", justify="right")
     for part, *counts in run.sizes:
         table.add_row(part, *(f"{count:,}" for count in counts))
-    console = Console(highlight=False)
-    console.print(table)
+    Console(highlight=False).print(table)
     for notice in run.notices:
         typer.echo(f"notice: {notice}")
     show_rows(run.prepared)
     plan = run.schedule
-    console.print(f"{len(plan.packs):,} packs, {plan.per_step} a step, {plan.steps:,} steps -> {run.recipe.run_dir}")
+    typer.echo(f"{len(plan.packs):,} packs, {plan.per_step} a step, {plan.steps:,} steps -> {run.recipe.run_dir}")
+    if estimate := run.facts["estimate"]:
+        typer.echo(f"memory: {estimate.get('why_not') or '{total:.2f} GiB estimated'.format_map(estimate)}")
+    typer.echo(f"on {run.facts['machine']}; how it goes: mantis-lite watch {run.recipe.run_dir}")
 
 
 def show_metrics(metrics: Metrics) -> None:

@@ -165,6 +165,10 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+BY_CLOCK = ("time", "runtime", "per_second", "total_flos", "seconds_left", "memory_gib")
+"""The ends of the names that are logged of what another run of the same steps takes otherwise."""
+
+
 def logs_of(run_dir: Path) -> list[dict]:
     """What a run logged, in order."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

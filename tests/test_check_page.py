@@ -1,14 +1,11 @@
 """The page of a check: what it says is what the check found, it stays small, and a browser shows it and asks nobody."""
 
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from browser import NASTY, Page, browsed, needs_browser
 from clips_made import make
 from helpers import chat, recipe, write_rows
 
@@ -18,39 +15,6 @@ from mantis_lite.report import page as pages
 from mantis_lite.report.check import check
 from mantis_lite.report.fit import fit
 from mantis_lite.report.page import histogram, write_check_page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-NASTY = "</mark></p><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">{{ 7*7 }}"
-VOID = ("meta", "link", "img", "br")
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, and the text in each of its elements of some kinds."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.open: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-            self.texts.setdefault(tag, []).append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        for tag in set(self.open):
-            self.texts[tag][-1] += data
-
-    def having(self, tag, key):
-        return [attrs[key] for name, attrs in self.tags if name == tag and key in attrs]
 
 
 @pytest.fixture
@@ -225,21 +189,11 @@ def test_pictures_beyond_those_drawn_keep_their_place(written, tmp_path, monkeyp
     assert len(page.having("img", "src")) == 2 and page.texts["article"][0].count("[picture: ") == 3
 
 
-def browsed(file: Path) -> tuple[str, str, set[str]]:
-    """What a browser makes of a page: its document, its log, and the addresses that the page itself asked for."""
-    net = file.with_suffix(".net.json")
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--log-net-log={net}"]
-    words += [f"--user-data-dir={file.parent / 'profile'}", "--disable-background-networking", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *words, file.as_uri()], capture_output=True, text=True, timeout=60, check=True)
-    asked = re.findall(r'"initiator":"([^"]*)".*?"url":"([^"]*)"', net.read_text())
-    return done.stdout, done.stderr, {url for initiator, url in asked if initiator != "not an origin"}
-
-
 @needs_browser
 def test_a_browser_shows_it_and_asks_nobody(written, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [*rows_of(2, NASTY, more=NASTY), {"id": NASTY, NASTY: 1, "images": []}])
     page, text, _ = written(path)
-    document, log, asked = browsed(tmp_path / "page.html")
+    document, log, asked = browsed((tmp_path / "page.html").as_uri(), tmp_path)
     seen = Page(document)
     assert "CONSOLE" not in log and not asked
     assert [tag for tag, _ in seen.tags] == [tag for tag, _ in page.tags]
@@ -248,5 +202,5 @@ def test_a_browser_shows_it_and_asks_nobody(written, tmp_path):
     # The same page would be caught if it let in what rows say.
     unsafe = re.sub("<meta http-equiv.*?>", "", text).replace("</h1>", '</h1><img src="http://127.0.0.1:9/x">')
     (tmp_path / "unsafe.html").write_text(unsafe + "<script>document.title = 'taken'; nothing()</script>")
-    document, log, asked = browsed(tmp_path / "unsafe.html")
+    document, log, asked = browsed((tmp_path / "unsafe.html").as_uri(), tmp_path)
     assert "CONSOLE" in log and asked == {"http://127.0.0.1:9/x"} and Page(document).texts["title"] == ["taken"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import chat, write_rows
 
-from mantis_lite.cli import _prepare_process
+from mantis_lite.process import prepare_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,7 +124,7 @@ def test_how_a_cards_memory_is_given_out_is_the_users_to_say(monkeypatch, stated
         monkeypatch.delenv(name, raising=False)
     if stated:
         monkeypatch.setenv(stated, "backend:native")
-    _prepare_process()
+    prepare_process()
     expected = {stated: "backend:native"} if stated else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")} == expected
     os.environ.pop("PYTORCH_ALLOC_CONF", None)  # what the command set, no test after this one is to see

@@ -184,7 +184,8 @@ def test_a_page_of_what_flipped(tmp_path):
     write_page(found, pictures, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form"})
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "iframe", "object", "form"})
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "link"] == ["data:,"]
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(images) == 2 and all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in images)
     assert all("onerror" not in attrs for _, attrs in page.tags) and "http" not in text.replace("http-equiv", "")

@@ -1,16 +1,16 @@
-"""What the pages for readers say holds: their rows parse, their recipes load, their messages are the package's own."""
+"""What the pages for readers say holds: rows parse, recipes load, messages are the package's own, links lead there."""
 
 import ast
 import json
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
-import test_docs
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
-from test_docs import gpu_table, results
+from test_docs import BLOCK, COMMANDS, DOCS, PAGES, README, ROOT, check_command
 
 from mantis_lite.data.labels import read_labels
 from mantis_lite.data.mixture import sources_of
@@ -20,11 +20,10 @@ from mantis_lite.evaluate.benchmarks import BENCHMARKS
 from mantis_lite.models.checkpoint import FAMILIES
 from mantis_lite.recipe import SourceRecipe, load_recipe, make_recipe, recipes_dir
 
-ROOT = Path(__file__).parents[1]
-NAMES = ("coming-from-mantis", "coming-from-others", "data", "families", "memory", "troubleshooting")
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
-INLINE = sorted({code for page in PAGES.values() for code in re.findall(r"`(mantis-lite [^`]+)`", page)})
+FILES = {ROOT / "README.md": README, **{ROOT / "docs" / f"{name}.md": page for name, page in PAGES.items()}}
+INLINE = sorted(set(re.findall(r"`(mantis-lite [^`]+)`", DOCS)) - set(COMMANDS))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 
 
 def blocks(language: str) -> list[tuple[str, str, str]]:
@@ -65,7 +64,7 @@ def test_yaml_of_the_pages_is_a_recipe_or_a_list_of_sources(page, heading, text,
 
 @pytest.mark.parametrize("command", INLINE)
 def test_a_command_within_a_line_is_one(command, tmp_path, monkeypatch):
-    test_docs.test_a_command_of_the_readme_is_one(shlex.split(command), tmp_path, monkeypatch)
+    check_command(shlex.split(command.partition(" > ")[0]), tmp_path, monkeypatch)
 
 
 def test_overrides_of_the_pages_are_settings():
@@ -107,17 +106,22 @@ def test_the_pages_know_every_family_benchmark_and_data_config():
         assert file.name in PAGES["coming-from-mantis"], file.name
 
 
-def test_the_table_of_memory_is_what_was_measured():
-    figures = json.loads((results.FOLDER / "gpu.json").read_text())["figures"]
-    measured = gpu_table.lines(figures)
-    shown = re.findall(r"^\| (?:LLaVA|Idefics2|peaks).*$", PAGES["memory"], re.M)
-    assert len(shown) > 5 and set(shown) <= set(measured)
+def anchors(page: str) -> set[str]:
+    """What headings are called in links, by GitHub's rule: lower case, blanks as hyphens, other marks left out."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_of_the_pages_lead_somewhere():
-    for name, page in PAGES.items():
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page):
-            assert (ROOT / "docs" / link).exists(), (name, link)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_links_lead_somewhere(file):
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", BLOCK.sub("", FILES[file])):
+        target = (file.parent / link).resolve() if link else file
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target.read_text()), f"{link}#{anchor}"
+
+
+def test_the_readme_leads_to_every_page():
+    assert set(re.findall(r"\]\(docs/([\w-]+)\.md", README)) == set(PAGES)
 
 
 def test_recipes_that_the_pages_name_exist():
@@ -128,16 +132,37 @@ def test_recipes_that_the_pages_name_exist():
     assert len(named) > 10 and named <= known, named - known
 
 
-def test_install_files_name_what_there_is():
-    """Both ask for extras that there are, and the image takes in all that the package is made of."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = set(project["project"]["optional-dependencies"])
-    for name in ("Dockerfile", "environment.yml"):
-        asked = re.findall(r"\.\[([\w,-]+)\]", (ROOT / name).read_text())
-        assert asked and {extra for each in asked for extra in each.split(",")} <= extras, name
-    lines = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.M)
-    copied = {word for line in lines for word in line.split()}
-    assert all((ROOT / each).exists() for each in copied)
-    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    made_of = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
-    assert copied == made_of | set(wheel["packages"]) | set(wheel["force-include"])
+def asked(text: str) -> set[str]:
+    """The extras that are asked for, as in '.[gpu,serve]'."""
+    return {extra for each in re.findall(r"(?:\.|mantis-lite)\[([\w,-]+)\]", text) for extra in each.split(",")}
+
+
+def test_the_page_on_installation_knows_each_extra():
+    said = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| [^|]+ \|$", PAGES["install"], re.M)
+    assert sorted(said) == sorted(EXTRAS)
+    assert {"gpu", "serve", "ray"} <= asked(DOCS) <= set(EXTRAS)
+
+
+def test_the_image_takes_in_all_that_the_package_is_made_of():
+    text = (ROOT / "Dockerfile").read_text()
+    assert asked(text) == {"gpu", "serve"} <= set(EXTRAS)
+    copies = [line.split() for line in re.findall(r"^COPY (.*)$", text, re.M)]
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    made_of = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    copied = [name for *names, _ in copies for name in names]
+    assert sorted(copied) == sorted(made_of | set(wheel["packages"]) | set(wheel["force-include"]))
+    assert all((ROOT / name).exists() for name in copied)
+    # A folder's files go into what is named last; a file goes below it.
+    assert all(to == "/src/" if (ROOT / names[0]).is_file() else to == f"/src/{names[0]}" for *names, to in copies)
+    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", text, re.M)[0])[0] in PROJECT["project"]["scripts"]
+
+
+def test_the_environment_of_conda_is_one_that_the_package_runs_in():
+    settings = YAML(typ="safe").load(ROOT / "environment.yml")
+    python, pip, by_pip = settings["dependencies"]
+    assert python.startswith("python=") and pip == "pip" and list(by_pip) == ["pip"]
+    assert python.removeprefix("python=") in SpecifierSet(PROJECT["project"]["requires-python"])
+    (wanted,) = by_pip["pip"]
+    requirement = Requirement(wanted.replace(".[", f"{PROJECT['project']['name']}["))
+    assert wanted.startswith(".[") and requirement.extras == {"gpu", "serve"} <= set(EXTRAS)
+    assert f"conda activate {settings['name']}" in PAGES["install"]

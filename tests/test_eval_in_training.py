@@ -17,7 +17,7 @@ from mantis_lite.generate import answer
 from mantis_lite.models import activations
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training.checkpoints import newest, saved, step_of
-from mantis_lite.training.held_out import Generations
+from mantis_lite.training.held_out import FEW, asked_of
 from mantis_lite.training.run import start
 
 
@@ -40,7 +40,7 @@ def settings_of(llava_folder, files, run_dir: Path, steps: int = 12, lr: float =
         "memory": {"kernels": "off"},
         "packing": {"max_length": 256},
         "run_dir": str(run_dir),
-        "eval": {"every": 1} | asked,
+        "eval": {"every": 1, "generate": 0} | asked,
         "train": {
             "max_steps": steps,
             "learning_rate": lr,
@@ -67,7 +67,7 @@ def test_answers_are_written_and_change_nothing(llava_folder, files, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
     said = answers_of(tmp_path / "run")
     rows = [f"held_out.jsonl:{at}" for at in range(1, 5)]
-    assert [(line["step"], line["where"]) for line in said] == [(step, row) for step in (2, 3) for row in rows]
+    assert [(line["step"], line["where"]) for line in said] == [(step, row) for step in (0, 2, 3) for row in rows]
     assert said[0]["expected"] == "I will not say that" and said[0]["prompt"] == "<image>what is number 0?"
     assert (said[3]["prompt"], said[3]["expected"], said[3]["id"]) == ("One?\na circle\nTwo?", "a red square", "two")
 
@@ -75,10 +75,18 @@ def test_answers_are_written_and_change_nothing(llava_folder, files, tmp_path):
 def test_answers_are_those_of_the_model_then(llava_folder, files, tmp_path):
     run = start(make_recipe(settings_of(llava_folder, files, tmp_path / "run", 2, every=2, generate=1)))
     run.train()
-    (line,) = answers_of(tmp_path / "run")
+    before, line = answers_of(tmp_path / "run")
+    assert (before["step"], line["step"]) == (0, 2)
     sample = run.prepared.held_out[0]
     asked = type(sample)(sample.where, sample.id, sample.turns[:1])
     assert line["answer"] == answer(run.trainer.model, run.encoder, asked, 128)
+
+
+def test_a_few_rows_are_answered_where_the_recipe_does_not_say_how_many(llava_folder, files, tmp_path):
+    run = start(make_recipe(settings_of(llava_folder, files, tmp_path / "run", 1, generate=None)))
+    assert [sample.where for sample in run.answered] == [f"held_out.jsonl:{at}" for at in range(1, FEW + 1)]
+    settings = settings_of(llava_folder, files, tmp_path / "other", 1, generate=None)
+    assert start(make_recipe(settings | {"memory": {"vision_cache": "memory"}})).answered == []
 
 
 def test_a_base_in_16_bits_answers_with_what_trains_in_float32(llava_folder, files, tmp_path):
@@ -90,7 +98,7 @@ def test_a_base_in_16_bits_answers_with_what_trains_in_float32(llava_folder, fil
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     run.train()
-    assert [line["step"] for line in answers_of(tmp_path / "run")] == [1]
+    assert [line["step"] for line in answers_of(tmp_path / "run")] == [0, 1]
 
 
 def test_clips_are_answered_too(llava_folder, tmp_path):
@@ -99,15 +107,18 @@ def test_clips_are_answered_too(llava_folder, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     settings = settings_of(llava_folder, (data, 0.3), tmp_path / "run", 1, generate=1)
     start(make_recipe(settings | {"task": "video", "media": {"num_frames": 2}})).train()
-    (line,) = answers_of(tmp_path / "run")
+    _, line = answers_of(tmp_path / "run")
     assert line["expected"] == "red" and line["prompt"].count("<image>") in (0, 1)
 
 
 def test_no_positions_left_for_an_answer_is_said_before_training(llava_folder, files, tmp_path):
     run = start(make_recipe(settings_of(llava_folder, files, tmp_path / "run", 1)))
     run.trainer.model.config.get_text_config().max_position_embeddings = 130
+    asking = run.prepared.held_out, run.trainer.model, run.encoder
     with pytest.raises(SampleError, match="and up to 128 for the answer, where the model has 130 positions"):
-        Generations(tmp_path / "said.jsonl", run.trainer, run.encoder, [run.prepared.held_out[0]])
+        asked_of(make_recipe(settings_of(llava_folder, files, tmp_path / "run", 1, generate=1)), *asking)
+    # Where no number was asked for, those that have room are answered.
+    assert asked_of(make_recipe(settings_of(llava_folder, files, tmp_path / "run", 1, generate=None)), *asking) == []
 
 
 def test_a_run_ends_when_it_gets_no_better(llava_folder, files, tmp_path, caplog):
@@ -257,7 +268,9 @@ def test_a_scores_metric_may_be_the_best(llava_folder, tmp_path):
     run = start(make_recipe(settings | {"task": "classify", "head": {"problem": "regression"}}))
     assert run.trainer.args.metric_for_best_model == "eval_spearman" and run.trainer.args.greater_is_better
     run.train()
-    found = {log["step"]: log["eval_spearman"] for log in logs_of(tmp_path / "run") if "eval_spearman" in log}
+    found = {
+        log["step"]: log["eval_spearman"] for log in logs_of(tmp_path / "run") if "eval_spearman" in log and log["step"]
+    }
     best = max(found, key=found.get)
     assert (run.trainer.state.best_global_step, run.trainer.state.best_metric) == (best, found[best])
 

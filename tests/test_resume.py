@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from clips_made import make
-from helpers import chat, logs_of, picture, write_rows
+from helpers import BY_CLOCK, chat, logs_of, picture, write_rows
 from safetensors.torch import load_file
 
 from benchmarks.forks import Forks
@@ -48,9 +48,8 @@ def settings_of(folder, data, **more):
 
 def curve_of(run_dir: Path) -> list[tuple]:
     """Everything that was logged of each step, but for what it took of time."""
-    clock = ("time", "runtime", "per_second", "total_flos")
     return [
-        tuple((key, value) for key, value in log.items() if not key.endswith(clock))
+        tuple((key, value) for key, value in log.items() if not key.endswith(BY_CLOCK))
         for log in logs_of(run_dir)
         if "loss" in log or "eval_loss" in log
     ]
@@ -176,11 +175,19 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_owes_it(forks, settings, tm
     data = {"sources": settings["data"], "eval": 0.2}
     more = {"data": data, "eval": {"every": 2}, "train": settings["train"] | {"save_steps": 100}}
     assert trained(forks, settings | more, tmp_path / "straight")["status"] == 0
-    stopped = trained(forks, settings | more, tmp_path / "run", signal_in_evaluation=signal.SIGTERM)
+    stopped = trained(forks, settings | more, tmp_path / "run", signal_in_evaluation=(2, signal.SIGTERM))
     assert stopped["status"] == 143 and "saved " in stopped["said"] and "checkpoint-2" in stopped["said"]
-    assert not [log for log in logs_of(tmp_path / "run") if "eval_loss" in log]
+    assert [log["step"] for log in logs_of(tmp_path / "run") if "eval_loss" in log] == [0]
     assert trained(forks, settings | more, tmp_path / "run")["status"] == 0
     assert curve_of(tmp_path / "run") == curve_of(tmp_path / "straight")
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step_leaves_nothing(forks, settings, tmp_path):
+    more = {"data": {"sources": settings["data"], "eval": 0.2}}
+    stopped = trained(forks, settings | more, tmp_path / "run", signal_in_evaluation=(0, signal.SIGTERM))
+    assert stopped["status"] == 143 and "stopped by SIGTERM: before the first step" in stopped["said"]
+    assert not saved(tmp_path / "run") and not (tmp_path / "run/metrics.jsonl").exists()
+    assert trained(forks, settings | more, tmp_path / "run")["status"] == 0
 
 
 def test_a_damaged_checkpoint_is_skipped_for_an_older_one(forks, settings, straight, tmp_path):

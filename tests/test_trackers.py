@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import chat, logs_of, recipe, write_rows
+from helpers import BY_CLOCK, chat, logs_of, recipe, write_rows
 from transformers import TrainerCallback
 
 from mantis_lite.errors import RecipeError
@@ -49,8 +49,7 @@ def settings(data: str, run_dir: Path, **train):
 def trained(data: str, run_dir: Path, *callbacks: TrainerCallback, **train) -> list[dict]:
     """What a run logged, less what differs by the clock."""
     runs.start(settings(data, run_dir, **train), callbacks).train()
-    by_clock = ("time", "runtime", "per_second")
-    return [{key: value for key, value in log.items() if not key.endswith(by_clock)} for log in logs_of(run_dir)]
+    return [{key: value for key, value in log.items() if not key.endswith(BY_CLOCK)} for log in logs_of(run_dir)]
 
 
 def warned(caplog) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL.Image import Image as Picture
 
-from ..pages import thumbnail, write_html
+from ..pages import pieces, thumbnail, write_html
 from .compare import Comparison, flipped
 from .question import Result
 
@@ -16,7 +16,6 @@ MOST_BYTES = 8_000_000
 """Of text, and of pictures in base64; rows beyond are counted, and not shown."""
 MOST_ROWS = 400
 """The same, of rows; half are for those that broke, half for those that were fixed."""
-MARK = "<image>"
 
 
 class Shown(NamedTuple):
@@ -48,17 +47,5 @@ def _rows(
         room -= sum(map(len, links)) + sum(map(len, (before.prompt, before.raw or "", after.raw or "")))
         if room < 0 and shown:
             break
-        shown.append(Shown(_pieces(before.prompt, links), before, after))
+        shown.append(Shown(pieces(before.prompt, links), before, after))
     return shown, len(pairs) - len(shown)
-
-
-def _pieces(prompt: str, links: list[str]) -> list[tuple[str, str]]:
-    """Text and pictures in turn. A mark that no picture is left for is text."""
-    pieces: list[tuple[str, str]] = []
-    left = iter(links)
-    for number, text in enumerate(prompt.split(MARK)):
-        if number:
-            link = next(left, None)
-            pieces.append(("text", MARK) if link is None else ("picture", link))
-        pieces.append(("text", text))
-    return [*pieces, *(("picture", link) for link in left)]  # of a clip, whose mark was one

@@ -70,6 +70,16 @@ def taken(work: Work, recipe: Recipe) -> list[Taken]:
     return sorted((_taken(work, recipe, pack, accumulates) for pack in packs), key=lambda each: -each.estimate.total)
 
 
+def peak(work: Work, recipe: Recipe) -> Estimate | str:
+    """What a step of the largest pack takes at most, or why that cannot be said."""
+    if recipe.launch.sequence > 1:
+        return "launch.sequence: estimates are of a GPU that holds whole rows"
+    try:
+        return taken(work, recipe)[0].estimate
+    except (RecipeError, SampleError) as error:  # also of a picture that is gone meanwhile
+        return str(error)
+
+
 def taken_less(work: Work, recipe: Recipe, before: Recipe, known: list[Taken]) -> Taken:
     """The most that is taken under a recipe which saves memory against the one `before`, of which all is `known`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import traceback
@@ -70,6 +71,8 @@ def load_model(
     architecture exactly, or a kernel that the recipe names cannot run here.
     """
     require_attention(recipe.memory.attention)
+    if torch.cuda.is_available():
+        gc.collect()  # a model that a notebook has let go of lies in circles, and would keep the card from this one
     dtype = dtype or weights_dtype(recipe)
     model, info = _from_pretrained(checkpoint, recipe, dtype, deepcopy(config or checkpoint.config))
     if recipe.task == "classify" and not checkpoint.has_head:

@@ -13,9 +13,9 @@ import numpy as np
 from ..data.encode import IGNORE
 from ..data.packs import BLANK
 from ..data.sample import Sample
-from ..errors import RecipeError, SampleError
+from ..errors import SampleError
 from ..memory.estimate import GIB
-from ..memory.overrides import Work, taken
+from ..memory.overrides import Work, peak
 from ..memory.packs import Planned
 from ..pages import thumbnail, write_html
 from ..recipe import Recipe
@@ -247,15 +247,11 @@ def _memory(found: Check, outlook: Outlook, recipe: Recipe) -> Memory:
     """What `fit` says of the largest pack, as far as it can be said without a card."""
     if recipe.memory.fit == "auto":
         return Memory({}, 0, "memory.fit=auto picks for a card: see `mantis-lite fit --gpu 24`")
-    if recipe.launch.sequence > 1:
-        return Memory({}, 0, "launch.sequence: estimates are of a GPU that holds whole rows")
     recipe, _ = with_gpus(recipe, None)
     checkpoint, prepared = found.checkpoint, found.prepared
     rows = Planned(recipe, checkpoint, found.encoder, prepared.train, outlook.schedule, prepared.held_out)
-    try:
-        known = taken(Work(checkpoint.config, checkpoint.family, checkpoint.image_processor, rows), recipe)
-    except RecipeError as error:
-        return Memory({}, 0, str(error))
-    estimate = known[0].estimate
+    estimate = peak(Work(checkpoint.config, checkpoint.family, checkpoint.image_processor, rows), recipe)
+    if isinstance(estimate, str):
+        return Memory({}, 0, estimate)
     terms = {what: size / GIB for what, size in {**estimate.terms, **estimate.overhead}.items()}
     return Memory(terms, estimate.total / GIB)

@@ -1,4 +1,4 @@
-"""What is written and shown while a run trains."""
+"""What a run does beside its steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import TrainerCallback, set_seed
 
 from ..data.prepare import Samples
@@ -27,6 +19,7 @@ from ..data.schedule import Schedule
 from ..data.windows import count_windows, fetched_sets, visits
 from ..errors import DataError
 from .jsonlines import JsonLines
+from .pace import Pace
 
 log = logging.getLogger("mantis_lite")
 
@@ -43,36 +36,53 @@ class Seeds(TrainerCallback):
 
 
 class Intervals(TrainerCallback):
-    """Has the run log, evaluate and save as often as its recipe says now, and not as its checkpoint did."""
+    """Has the run log, evaluate and save as often as its recipe says, not as its checkpoint did; and log at its end."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the trainer to metrics.jsonl: step, epoch, loss, learning rate, gradient norm, time.
+    """Appends every log of the trainer to metrics.jsonl: step, epoch, loss, learning rate, gradient norm, time, pace.
 
-    `num_tokens` is counted from the packs' tokens (P,), in training order: TRL's own count takes a pack of M-RoPE rows
-    for one token.
+    What the trainers count of tokens and samples is replaced by what the plan says; `held_out` samples are evaluated.
     """
 
-    def __init__(self, path: Path, schedule: Schedule, pack_tokens: np.ndarray) -> None:
-        self.lines, self.schedule = JsonLines(path), schedule
-        self.tokens = np.concatenate([[0], pack_tokens.cumsum()])
+    def __init__(self, path: Path, schedule: Schedule, pace: Pace, held_out: int) -> None:
+        self.lines, self.schedule, self.pace, self.held_out = JsonLines(path), schedule, pace, held_out
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.begin(state.global_step)
         if state.is_world_process_zero:
             self.lines.rewind(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.stepped()
         # The trainer walks through all epochs' packs once, and so counts them as one.
         state.epoch = self.schedule.epoch(state.global_step)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.rested()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.rested()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            done = min(state.global_step * self.schedule.per_step, len(self.tokens) - 1)
-            logs |= dict.fromkeys({"num_tokens", "eval_num_tokens"} & logs.keys(), int(self.tokens[done]))
-            self.lines.append({"step": state.global_step, "time": time.time(), **logs})
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            logs |= self.pace.figures(state.global_step)
+        tokens = int(self.pace.tokens[self.pace.done(state.global_step)])
+        logs |= dict.fromkeys({"num_tokens", "eval_num_tokens"} & logs.keys(), tokens)
+        if "eval_runtime" in logs:
+            logs["eval_samples_per_second"] = self.held_out / logs["eval_runtime"]
+        if "train_runtime" in logs:
+            logs |= self.pace.summary(state.global_step, logs["train_runtime"])
+        self.lines.append({"step": state.global_step, "time": time.time(), **logs})
 
 
 class Aside(TrainerCallback):
@@ -120,39 +130,3 @@ class Ahead(TrainerCallback):
                 shards.fetch(window, self.windows)
         except DataError as error:
             log.warning("not fetched ahead: %s", error)
-
-
-class ProgressBar(TrainerCallback):
-    """Steps, loss and the time that is left, as one line on the terminal."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps  loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()  # and give the cursor back, whatever happened
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, loss="-")
-        if state.is_world_process_zero:
-            self.progress.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
+
+import psutil
 
 from ..errors import DiskError, ResumeError
 
@@ -54,3 +57,17 @@ class Lock:
         if self.opened is not None:
             os.close(self.opened)
             self.opened = None
+
+
+def lives(run_dir: Path) -> bool:
+    """Whether the process that took hold of a folder last is still there; of another machine's that cannot be told."""
+    file = run_dir / ".lock"
+    found = re.match(r"process (\d+) on (.*)", file.read_text()) if file.exists() else None
+    if found is None:
+        return False
+    if found[2] != socket.gethostname():
+        return True
+    try:  # a number is given again once its process has ended
+        return psutil.Process(int(found[1])).create_time() <= file.stat().st_mtime
+    except psutil.NoSuchProcess:
+        return False

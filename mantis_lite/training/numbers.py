@@ -18,9 +18,7 @@ from transformers import TrainerCallback
 from ..errors import DivergedError
 from .jsonlines import JsonLines
 from .ranks import ALONE, Ranks
-
-SKIPPED = "skipped.jsonl"
-"""The steps of a run that were not taken, with their samples."""
+from .run_files import SKIPPED
 
 MOST_SKIPPED = 0.01
 """The share of a run's steps that may be skipped; three always may."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ from ..contract import Contract, contract_of, facts_of
 from ..data.dataset import collate_packs, pack_dataset
 from ..data.packs import BLANK, Packs
 from ..data.prepare import Prepared
+from ..data.sample import Sample
 from ..data.schedule import Schedule, pack_epoch
 from ..data.vision import Vision
 from ..data.windows import fetched_sets
 from ..errors import DiskError, OutOfMemory, Stopped
+from ..memory.estimate import Estimate
+from ..memory.overrides import peak
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
 from ..models.assemble import Assembled, with_weights
@@ -46,21 +50,22 @@ from ..plain_clients import write_settings, write_template
 from ..recipe import ModelRecipe, Recipe
 from .broken import Broken
 from .callbacks import Ahead, Aside, Intervals, MetricsFile, Seeds
+from .charts import draw_curve
 from .checkpoints import folder_of, require_space, written
-from .curve import draw_curve
-from .held_out import GENERATIONS, Generations
+from .held_out import Generations, asked_of
 from .jsonlines import lines_of
 from .lock import Lock
 from .numbers import Numbers
+from .pace import Pace
 from .picked import refuse_unused
 from .plan import Plan, follow_plan, make_plan
+from .report import reported, run_facts
+from .run_files import CURVE, GENERATIONS, METRICS
 from .signals import Signals
 from .strategy import join_processes, settled_launch
 from .trackers import trackers
 from .trainers import ChatTrainer, Lasting, ScoreTrainer, arguments, offloads
 from .workers import Doing
-
-METRICS = "metrics.jsonl"
 
 log = logging.getLogger("mantis_lite")
 
@@ -74,6 +79,8 @@ class Run(Plan):
     """The config that states a score head, where the task has one."""
     kept: str | None
     """What the vision cache holds, in words, where there is one."""
+    answered: list[Sample] = field(default_factory=list)
+    """The held-out rows that are answered at each evaluation."""
 
     @property
     def notices(self) -> list[str]:
@@ -103,6 +110,16 @@ class Run(Plan):
     def sizes(self) -> list[PartSize]:
         return part_sizes(self.trainer.model, self.checkpoint.family)
 
+    @cached_property
+    def estimate(self) -> Estimate | str | None:
+        """What a step should take of the GPU, or why that cannot be said; None where there is no GPU."""
+        return peak(self.work, self.recipe) if torch.cuda.is_available() else None
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the run's page says of it, in JSON."""
+        return run_facts(self)
+
     def train(self) -> Path:
         """Train to the end, from the newest checkpoint that is whole; returns the folder of what was trained.
 
@@ -114,21 +131,16 @@ class Run(Plan):
             if self.ranks.is_first:
                 self._require_space()
             self.ranks.wait()
-            with Signals(self.trainer.save_now) as signals:
+            with reported(self), Signals(self.trainer.save_now) as signals:
                 self.trainer.add_callback(signals)
                 self.walk()
                 state = self.trainer.state
                 if signals.caught and state.global_step < state.max_steps:
                     raise Stopped(signals.caught, folder_of(self.recipe.run_dir, state.global_step))
                 folder = self.save()
+                self._draw_curve()
         finally:
             self.lock.release()
-        if not self.ranks.is_first:
-            return folder
-        try:
-            draw_curve(self.recipe.run_dir / METRICS, self.recipe.run_dir / "loss.png")
-        except OSError as error:
-            log.warning("loss.png cannot be drawn: %s", error.strerror)
         return folder
 
     def walk(self) -> None:
@@ -187,6 +199,14 @@ class Run(Plan):
             working_dtype(),
             {name: value for name, value in kept.items() if isinstance(value, int | float | None)},
         )
+
+    def _draw_curve(self) -> None:
+        if not self.ranks.is_first:
+            return
+        try:
+            draw_curve(self.recipe.run_dir / METRICS, self.recipe.run_dir / CURVE)
+        except OSError as error:
+            log.warning("%s cannot be drawn: %s", CURVE, error.strerror)
 
     def _require_space(self) -> None:
         args, left = self.trainer.args, self.schedule.steps - self.resumed.step
@@ -327,12 +347,15 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     run_dir, schedule, trainer = run.recipe.run_dir, run.schedule, run.trainer
     parts = trained_parameters(trainer.model, run.checkpoint.family)
     trainer.numbers = Numbers(run_dir, schedule.steps, parts, run._used, run._named, run.ranks)
-    metrics = MetricsFile(run_dir / METRICS, schedule, schedule.packs.sums(run.prepared.train.lengths[:, 0]))
-    for callback in (Seeds(), Intervals(), trainer.numbers, metrics):
+    for callback in (Seeds(), Intervals(), trainer.numbers):
         trainer.add_callback(callback)
-    if (held_out := run.prepared.held_out) and (asked := run.recipe.eval.generate):
-        samples = [held_out[at] for at in range(min(asked, len(held_out)))]
-        trainer.add_callback(Generations(run_dir / GENERATIONS, trainer, run.encoder, samples))
+    held_out = run.prepared.held_out if run.prepared.held_out is not None else ()
+    run.answered = asked_of(run.recipe, held_out, trainer.model, run.encoder) if held_out else []
+    if run.answered:
+        trainer.add_callback(Generations(run_dir / GENERATIONS, trainer, run.encoder, run.answered))
+    budget = run.recipe.packing.max_length if run.recipe.packing.enabled else None
+    pace = Pace(schedule, run.prepared.train.lengths[:, 0], budget)
+    trainer.add_callback(MetricsFile(run_dir / METRICS, schedule, pace, len(held_out)))
     if fetched_sets(run.prepared.train):
         trainer.add_callback(Ahead(schedule, run.prepared.train))
     if cache:

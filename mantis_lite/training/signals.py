@@ -22,7 +22,8 @@ GRACE = 10
 class Signals(TrainerCallback):
     """While entered, notes the first of SIGNALS; at the end of the step the trainer saves and stops.
 
-    An evaluation is left off at once, after saving; it is owed when the run goes on. A second Ctrl-C ends the process.
+    An evaluation is left off at once, after saving what there is, and owed when the run goes on. A second Ctrl-C ends
+    the process.
     """
 
     def __init__(self, save: Callable[[], Path]) -> None:
@@ -52,7 +53,7 @@ class Signals(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Ranks walk through an evaluation in step, but need not be asked to agree on each of its many.
         if self.caught and args.world_size == 1:
-            raise Stopped(self.caught, self.save())
+            raise Stopped(self.caught, self.save() if state.global_step else None)
 
     def _note(self, number: int, frame: object) -> None:
         if self.interrupted and number == signal.SIGINT:

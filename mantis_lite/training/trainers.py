@@ -419,6 +419,7 @@ def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = A
         "disable_tqdm": True,
         "eval_strategy": "steps" if recipe.eval.every else "epoch" if evaluates else "no",
         "eval_steps": recipe.eval.every,
+        "eval_on_start": evaluates,  # to know later what it was like before; and what fails there, fails at once
         **process_arguments(ranks),
     }
     scores = recipe.task == "classify"

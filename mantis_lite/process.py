@@ -1,0 +1,27 @@
+"""What a process is told before it trains or answers: of the libraries it stands on, and before they are imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def prepare_process() -> None:
+    """Quiet what is not the user's concern, and report nothing home; before torch is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning cripple torch on a busy CPU
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # packs differ, and would leave gaps on a card
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Its own level is set as it is imported; it says on stdout, among a run's JSON lines, that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
