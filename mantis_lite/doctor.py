@@ -1,49 +1,32 @@
-"""A machine -> what of it counts for training, and whether Tiny Mantis trains, goes on, merges and packs on it."""
+"""A machine -> what of it counts for training, and what is checked on it."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from packaging.requirements import Requirement  # transformers and accelerate need it too
-from transformers import TrainerCallback
 
 from . import __version__
-from .agreement import at_answers, logits_of
 from .contract import versions
-from .data.collate import collate
-from .errors import CheckError, MantisError, one_line
+from .errors import CheckError
 from .memory.card import card_at_hand
 from .memory.estimate import GIB
-from .merge import merge
 from .models import attention
 from .models.kernels import chosen_kernels
 from .models.load import loader_workers, working_dtype
-from .quickstart import read_samples
-from .recipe import Recipe, make_recipe
 from .secrets import VALUE
-from .tiny import tasks
-from .tiny.pictures import draw
-from .trained import open_trained
-from .training.jsonlines import lines_of
-from .training.run import start
-from .training.run_files import METRICS
+from .self_test import Check, checked, self_test, tiny_recipe
 
 TESTED = {
     "torch": "2.13.0",
@@ -63,21 +46,6 @@ NAME = r"[^\s'\",;:()/]+"
 """A folder's, in a line of text."""
 SHM = GIB
 """Bytes of /dev/shm that batches on their way from the workers need; a container has 64 MiB where nothing is said."""
-ROWS, STEPS, STOP = 8, 4, 2
-"""Of the self-test: rows, which are all in each step; steps; and the one that a run is stopped after."""
-LOSS_APART = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.02}
-"""How far, as a share, the losses of a run that was stopped may be from those of one that was not."""
-LOGITS_APART = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}
-"""How far logits in a pack may be from those of each sample alone."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that has to hold here: whether it does, and what was found."""
-
-    name: str
-    passed: bool
-    found: str
 
 
 @dataclass(frozen=True)
@@ -104,15 +72,15 @@ def doctor(test: bool = True) -> Diagnosis:
 
     Raises nothing for what is wrong: that is what its checks say.
     """
-    checks = [_checked("packages", _packages), _checked("GPU", _gpu)]
+    checks = [checked("packages", _packages), checked("GPU", _gpu)]
     if loader_workers():
-        checks.append(_checked("shared memory", _shared_memory))
+        checks.append(checked("shared memory", _shared_memory))
     if test:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # matrices this small only wait for each other
         try:
             with tempfile.TemporaryDirectory(prefix="mantis-lite-") as folder:
-                checks.extend(_self_test(Path(folder)))
+                checks.extend(self_test(Path(folder)))
         finally:
             torch.set_num_threads(threads)
     return Diagnosis(dict(_facts()), checks)
@@ -159,7 +127,7 @@ def _facts() -> Iterator[tuple[str, str]]:
             yield name, found if found.partition("+")[0] == tested else f"{found} (tested on {tested})"
     for kernel, does in attention.KERNELS.items():
         yield f"attention {kernel}", _or_why(attention.unavailable(kernel), does)
-    for fused, why in chosen_kernels(_recipe(Path(), Path())).items():
+    for fused, why in chosen_kernels(tiny_recipe(Path(), Path())).items():
         yield f"kernel {fused}", _or_why(why, "available")
     for extra, missing in _extras().items():
         yield f"extra {extra}", f"not installed: {', '.join(missing)}" if missing else "installed"
@@ -225,16 +193,6 @@ def _lacking(needed: Iterator[Requirement]) -> Iterator[str]:
 # What is checked.
 
 
-def _checked(name: str, does: Callable[[], str]) -> Check:
-    try:
-        return Check(name, True, does())
-    except Exception as error:  # whatever is wrong with a machine is what is looked for here, and is told
-        if isinstance(error, MantisError):
-            return Check(name, False, ". ".join(line.strip() for line in str(error).splitlines()))
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        return Check(name, False, f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {one_line(error)}")
-
-
 def _gpu() -> str:
     """The GPU that torch sees; without one, that there is indeed none."""
     if (card := card_at_hand()) is not None:
@@ -264,120 +222,3 @@ def _shared_memory() -> str:
         remedy = "Start the container with --shm-size=2g, or set train.dataloader_num_workers=0."
         raise CheckError(f"{free / GIB:.2f} GiB are free, and {loader_workers()} workers need 1\n  {remedy}")
     return f"{free / GIB:.1f} GiB are free"
-
-
-# The self-test.
-
-
-def _self_test(folder: Path) -> Iterator[Check]:
-    """Each of the four; what stands on a run that failed is not tried, and says so."""
-    data, whole, stopped = folder / "train.jsonl", folder / "whole", folder / "stopped"
-    steps: list[tuple[str, Callable[[], str]]] = [
-        ("train", lambda: _train(_recipe(data, whole))),
-        ("resume", lambda: _resume(_recipe(data, stopped), whole)),
-        ("merge", lambda: _merge(whole, folder / "merged")),
-        ("packed == separate", lambda: _packed(whole, data)),
-    ]
-    drawn = _checked("draw", lambda: _draw(data))
-    if not drawn.passed:
-        yield drawn
-        return
-    trained = _checked(*steps[0])
-    yield trained
-    for name, does in steps[1:]:
-        yield _checked(name, does) if trained.passed else Check(name, False, "not tried, as training failed")
-
-
-def _draw(file: Path) -> str:
-    """Write ROWS questions of a kind that Tiny Mantis was never asked, and their pictures beside."""
-    rows = []
-    for number in range(ROWS):
-        rng = random.Random(number)
-        exercise = tasks.odd_one_out(rng)
-        names = [f"{number}-{at}.png" for at in range(len(exercise.things))]
-        for name, thing in zip(names, exercise.things, strict=True):
-            draw(thing, rng).save(file.parent / name)
-        rows.append(json.dumps(tasks.row(f"drawn-{number}", exercise, names)))
-    file.write_text("\n".join(rows) + "\n")
-    return f"{ROWS} rows"
-
-
-def _recipe(data: Path, run_dir: Path) -> Recipe:
-    """LoRA on Tiny Mantis; each of its STEPS sees all rows, so that the loss falls from step to step."""
-    train = {"num_train_epochs": STEPS, "samples_per_step": ROWS, "learning_rate": 2e-3, "logging_steps": 1}
-    return make_recipe(
-        {
-            "model": "tiny",
-            "data": str(data),
-            "run_dir": str(run_dir),
-            "method": "lora",
-            "prompt": {"system": ""},
-            "packing": {"max_length": 1024},
-            "train": train | {"lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True},
-        }
-    )
-
-
-def _losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in lines_of(run_dir / METRICS) if "loss" in line]
-
-
-def _train(recipe: Recipe) -> str:
-    start(recipe).train()
-    found = _losses(recipe.run_dir)
-    if len(found) != STEPS or not all(map(math.isfinite, found)) or not found[-1] < found[0]:
-        raise CheckError(f"the loss does not fall in {STEPS} steps on {ROWS} rows: {_in_short(found)}")
-    return f"loss {found[0]:.3f} to {found[-1]:.3f} in {STEPS} steps"
-
-
-class _Stop(TrainerCallback):
-    """Has a run save and stop after its step STOP."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save = control.should_training_stop = state.global_step == STOP
-
-
-def _resume(recipe: Recipe, whole: Path) -> str:
-    """A run that is stopped and goes on has to come to the losses of the one that was not."""
-    stopped = start(recipe, [_Stop()])
-    try:
-        stopped.walk()
-    finally:
-        stopped.lock.release()
-    going_on = start(recipe)
-    if going_on.resumed.step != STOP:
-        raise CheckError(f"a run that is stopped after step {STOP} goes on from step {going_on.resumed.step}")
-    going_on.train()
-    found, expected = _losses(recipe.run_dir), _losses(whole)
-    limit = LOSS_APART[working_dtype()]
-    if len(found) != len(expected) or not all(map(partial(math.isclose, rel_tol=limit), found, expected)):
-        raise CheckError(f"stopped after step {STOP} the losses are {_in_short(found)}, else {_in_short(expected)}")
-    return f"stopped after step {STOP} of {STEPS} and gone on with, the losses are the same"
-
-
-def _merge(run_dir: Path, to: Path) -> str:
-    """Merging raises CheckError itself where the merged model says something else."""
-    agreed = merge(run_dir, to).agreement
-    assert agreed is not None
-    return f"the merged model chooses as the adapter does at {agreed.share:.1%} of {agreed.positions} tokens"
-
-
-def _packed(run_dir: Path, data: Path) -> str:
-    """The answers' logits in one pack of all rows, and of each row alone."""
-    trained = open_trained(run_dir)
-    model, samples = trained.load(), read_samples(data)
-    separate = logits_of(model, trained.encoder, samples)
-    pack = collate([trained.encoder.encode(sample) for sample in samples], trained.encoder.vision.batch)
-    with torch.no_grad():
-        together, _ = at_answers(model, pack)
-    apart = (separate - together.cpu()).abs().max().item()
-    limit = LOGITS_APART[model.dtype]
-    if not apart <= limit:
-        raise CheckError(
-            f"logits of a row in a pack are apart by {apart:.2g} from those of it alone, at most {limit:g}"
-        )
-    return f"logits of {len(samples)} rows are apart by {apart:.1e} at most"
-
-
-def _in_short(losses: list[float]) -> str:
-    return " ".join(f"{loss:.4f}" for loss in losses) or "none"

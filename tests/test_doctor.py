@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from mantis_lite import doctor as module
+from mantis_lite import self_test
 from mantis_lite.contract import PACKAGES
 from mantis_lite.data.collate import collate
-from mantis_lite.doctor import Check, Diagnosis, doctor, lines, public
+from mantis_lite.doctor import Diagnosis, doctor, lines, public
+from mantis_lite.errors import CheckError
+from mantis_lite.self_test import Check
 from mantis_lite.training.run import start
 
 ROOT = Path(__file__).parents[1]
@@ -38,14 +41,14 @@ def one_segment(samples, pictures):
 
 
 def test_what_is_broken_is_named(monkeypatch):
-    monkeypatch.setattr(module, "collate", one_segment)
-    monkeypatch.setattr(module, "start", lambda recipe, callbacks=(): start(recipe, callbacks, from_scratch=True))
+    monkeypatch.setattr(self_test, "collate", one_segment)
+    monkeypatch.setattr(self_test, "start", lambda recipe, callbacks=(): start(recipe, callbacks, from_scratch=True))
     diagnosis = doctor()
     checks = found(diagnosis)
     assert [check.name for check in diagnosis.failed] == ["resume", "packed == separate"]
     assert checks["resume"].found == "a run that is stopped after step 2 goes on from step 0"
     apart = re.match(r"logits of a row in a pack are apart by ([\d.e+-]+) from", checks["packed == separate"].found)
-    assert apart and float(apart[1]) > 2 * max(module.LOGITS_APART.values())  # so that 16 bits would tell as well
+    assert apart and float(apart[1]) > 2 * max(self_test.LOGITS_APART.values())  # so that 16 bits would tell as well
     assert lines(diagnosis)[-1].endswith("failed: resume, packed == separate")
 
 
@@ -53,7 +56,7 @@ def test_what_stands_on_a_run_that_failed_is_not_tried(monkeypatch):
     def fails(recipe):
         raise OSError(28, "No space left on device", str(Path.home() / "a b" / "secret.bin"))
 
-    monkeypatch.setattr(module, "start", fails)
+    monkeypatch.setattr(self_test, "start", fails)
     diagnosis = doctor()
     train, *others = [found(diagnosis)[name] for name in SELF_TEST]
     assert re.match(r"OSError at test_doctor.py:\d+: \[Errno 28\] No space left on device", train.found)
@@ -64,12 +67,12 @@ def test_what_stands_on_a_run_that_failed_is_not_tried(monkeypatch):
 
 def test_a_run_that_learns_nothing_or_goes_on_otherwise(monkeypatch, tmp_path):
     losses = {"whole": [1.0, 0.9, 0.8, 0.7], "stopped": [1.0, 0.9, 0.8, 0.9], "flat": [1.0, 0.9, 0.9, 1.0]}
-    monkeypatch.setattr(module, "_losses", lambda run_dir: losses[run_dir.name])
-    module._draw(data := tmp_path / "train.jsonl")
-    with pytest.raises(module.CheckError, match=r"does not fall in 4 steps on 8 rows: 1.0000 0.9000 0.9000 1.0000"):
-        module._train(module._recipe(data, tmp_path / "flat"))
-    with pytest.raises(module.CheckError, match=r"after step 2 the losses are .* 0.9000, else .* 0.7000"):
-        module._resume(module._recipe(data, tmp_path / "stopped"), tmp_path / "whole")
+    monkeypatch.setattr(self_test, "_losses", lambda run_dir: losses[run_dir.name])
+    self_test._draw(data := tmp_path / "train.jsonl")
+    with pytest.raises(CheckError, match=r"does not fall in 4 steps on 8 rows: 1.0000 0.9000 0.9000 1.0000"):
+        self_test._train(self_test.tiny_recipe(data, tmp_path / "flat"))
+    with pytest.raises(CheckError, match=r"after step 2 the losses are .* 0.9000, else .* 0.7000"):
+        self_test._resume(self_test.tiny_recipe(data, tmp_path / "stopped"), tmp_path / "whole")
 
 
 def test_packages_that_are_missing_or_old(monkeypatch):
