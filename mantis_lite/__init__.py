@@ -35,7 +35,7 @@ def train(
 
     `from_scratch` moves an old run aside; `import_upstream` allows the pickles of a `model.adapter` that the original
     Mantis code wrote. `show`: "auto" is a bar at a terminal and in a notebook, and lines elsewhere;
-    or "lines", "json", "quiet". Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
+    or "bar", "lines", "json", "quiet". Raises RecipeError, DataError, SampleError and FitError, each saying what to do.
     """
     from .process import prepare_process
 

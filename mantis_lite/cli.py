@@ -25,6 +25,7 @@ from .shown import (
     show_probe,
     show_pushed,
     show_rows,
+    show_saved,
     show_shards,
     train,
 )
@@ -39,11 +40,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # half of the time that --help takes would go into boxes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
-data_app = typer.Typer(help="Data sets: getting them, and making them ready.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Data sets: getting them, and making them ready.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
 
@@ -446,7 +450,7 @@ def quickstart_command(overrides: Overrides = None, from_scratch: FromScratch = 
     with progress("auto", typer.echo) as callbacks:
         outcome = quickstart(overrides or (), callbacks, from_scratch, typer.echo)
     typer.echo(f"\nheld-out accuracy: {outcome.before:.1%} before, {outcome.after:.1%} after")
-    typer.echo(f"saved {outcome.adapter}; report.html, metrics.jsonl, recipe.yaml and loss.png lie beside it")
+    show_saved(outcome.adapter, outcome.following)
 
 
 @app.command("doctor")

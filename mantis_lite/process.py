@@ -21,7 +21,11 @@ def prepare_process() -> None:
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Its own level is set as it is imported; it says on stdout, among a run's JSON lines, that there is no GPU.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_an_error)
     # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+
+
+def _is_an_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

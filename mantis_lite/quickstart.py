@@ -22,11 +22,12 @@ ROWS, HELD_OUT, SEED = 3000, 200, 0
 
 @dataclass(frozen=True)
 class Outcome:
-    """Held-out accuracy before and after, shares of exact answers, and where the adapter is."""
+    """Held-out accuracy before and after, shares of exact answers; where the adapter is, and what to type next."""
 
     before: float
     after: float
     adapter: Path
+    following: Sequence[tuple[str, str]]
 
 
 def quickstart(
@@ -41,14 +42,16 @@ def quickstart(
     folder = recipe.run_dir.with_name(f"{recipe.run_dir.name}-data")
     say(f"drawing {ROWS + HELD_OUT} rows of four pictures into {folder}")
     tasks.write(folder, rows=ROWS, held_out=HELD_OUT, seed=SEED)
-    recipe = load_recipe("quickstart", [f"data={folder / 'train.jsonl'}", *overrides])
+    rows = [f"data={folder / 'train.jsonl'}", f"data.eval={folder / 'held_out.jsonl'}"]
+    recipe = load_recipe("quickstart", [*rows, *overrides])
     run = start(recipe, callbacks, from_scratch)
     held_out = read_samples(folder / "held_out.jsonl")
     say(f"asking the model {len(held_out)} held-out questions before training")
     before = accuracy(run.trainer.model, run.encoder, held_out)
     adapter = run.train()
     say("and after")
-    return Outcome(before, accuracy(run.trainer.model, run.encoder, held_out), adapter)
+    after = accuracy(run.trainer.model, run.encoder, held_out)
+    return Outcome(before, after, adapter, run.facts["next"]["finished"])
 
 
 def read_samples(path: Path) -> list[Sample]:

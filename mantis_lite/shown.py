@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from .errors import MantisError, Stopped
 
 if TYPE_CHECKING:
     from .data.prepare import Prepared
@@ -47,7 +51,14 @@ def train(
         run = start(recipe, callbacks, from_scratch, import_upstream, gpu, accept_changes=accept_changes)
         if run.ranks.is_first:
             _begun(run, how)
-        saved = run.train()
+        try:
+            saved = run.train()
+        except (MantisError, Stopped) as error:
+            if run.ranks.is_first and how == "json":
+                typer.echo(
+                    json.dumps({"event": "end", "saved": None, "how": str(error), "next": run.facts["next"]["stopped"]})
+                )
+            raise
     if run.ranks.is_first:
         _ended(run, saved, how)
     return saved
@@ -64,12 +75,17 @@ def _begun(run: Run, how: How) -> None:
 def _ended(run: Run, saved: Path, how: How) -> None:
     following = run.facts["next"]["finished"]
     if how == "json":
-        typer.echo(json.dumps({"event": "end", "saved": str(saved), "next": following}))
+        typer.echo(json.dumps({"event": "end", "saved": str(saved), "how": "finished", "next": following}))
     elif how != "quiet":
-        typer.echo(f"\nsaved {saved}; report.html, metrics.jsonl, recipe.yaml and loss.png lie beside it")
-        width = max(len(command) for _, command in following)
-        for what, command in following:
-            typer.echo(f"  {command:<{width}}  # {what}")
+        show_saved(saved, following)
+
+
+def show_saved(saved: Path, following: Sequence[tuple[str, str]]) -> None:
+    """What was saved where, and what to type next."""
+    typer.echo(f"\nsaved {saved}; report.html, metrics.jsonl, recipe.yaml and loss.png lie beside it")
+    width = max(len(command) for _, command in following)
+    for what, command in following:
+        typer.echo(f"  {command:<{width}}  # {what}")
 
 
 def show_start(run: Run) -> None:
@@ -91,7 +107,9 @@ def show_start(run: Run) -> None:
     typer.echo(f"{len(plan.packs):,} packs, {plan.per_step} a step, {plan.steps:,} steps -> {run.recipe.run_dir}")
     if estimate := run.facts["estimate"]:
         typer.echo(f"memory: {estimate.get('why_not') or '{total:.2f} GiB estimated'.format_map(estimate)}")
-    typer.echo(f"on {run.facts['machine']}; how it goes: mantis-lite watch {run.recipe.run_dir}")
+    typer.echo(f"on {run.facts['machine']}; how it goes: mantis-lite watch {shlex.quote(str(run.recipe.run_dir))}")
+    if run.trainer.args.eval_on_start and run.prepared.held_out is not None:
+        typer.echo(f"{len(run.prepared.held_out):,} held-out rows are evaluated before the first step")
 
 
 def show_metrics(metrics: Metrics) -> None:
@@ -249,7 +267,7 @@ def _show_outlook(found: Outlook) -> None:
     console.print(f"\n{found.sample.where} {what}:", markup=False)
     text = Text()
     for stretch in found.rendered:
-        if stretch.trained and not console.is_terminal:
+        if stretch.trained and (console.no_color or not console.is_terminal):
             text.append(f"⟦{stretch.text}⟧")
         else:
             text.append(stretch.text, style="black on green" if stretch.trained else "dim")

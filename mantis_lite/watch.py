@@ -7,9 +7,10 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import MantisError, RecipeError
-from .training.page import facts_in, page
+from .training.page import REFRESH, facts_in, page
 
 OWN = ("127.0.0.1", "localhost")
 """The names this machine has for itself: another site's may lead here (DNS rebinding)."""
@@ -27,17 +28,18 @@ def watched(run_dir: Path, port: int) -> ThreadingHTTPServer:
     facts_in(run_dir)
     try:
         return ThreadingHTTPServer((OWN[0], port), type("Page", (_Page,), {"run_dir": run_dir}))
-    except OSError:
-        raise RecipeError(f"--port: {port} is taken\n  Choose another, or 0 for any that is free.") from None
+    except OSError as error:
+        found = f"--port: {port} cannot be listened on: {error.strerror}"
+        raise RecipeError(f"{found}\n  Choose another, or 0 for any that is free.") from None
 
 
 class _Page(BaseHTTPRequestHandler):
     run_dir: Path
 
     def do_GET(self) -> None:
-        if self.headers.get("Host", "").rpartition(":")[0] not in OWN:
+        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in OWN:
             return self._say(403, "text/plain", b"by 127.0.0.1 or localhost alone\n")
-        if self.path != "/":
+        if urlsplit(self.path).path != "/":
             return self._say(404, "text/plain", b"the page is at /\n")
         try:
             found = page(self.run_dir)
@@ -50,6 +52,8 @@ class _Page(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")
+        if code == 503:
+            self.send_header("Refresh", str(REFRESH))
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(content)

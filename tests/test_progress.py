@@ -5,6 +5,8 @@ import os
 import pty
 import re
 import sys
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from helpers import chat, logs_of, write_rows
@@ -12,8 +14,10 @@ from typer.testing import CliRunner
 
 import mantis_lite
 from mantis_lite.cli import app
+from mantis_lite.errors import DivergedError, RecipeError
 from mantis_lite.training import progress as shown
-from mantis_lite.training.progress import Lines, in_words
+from mantis_lite.training.progress import Lines, in_words, progress
+from mantis_lite.training.run import Run
 
 STEPS = 3
 MODES = {"lines": (), "json": ("--json",), "quiet": ("--quiet",)}
@@ -63,8 +67,28 @@ def test_json_lines_are_nothing_else_and_all_that_was_logged(said):
     assert {part["part"] for part in start["parts"]} == {"language_model", "projector", "vision_tower"}
     kept = [{k: v for k, v in log.items() if k != "time"} for log in logs_of(run_dir)]
     assert [{k: v for k, v in log.items() if k != "event"} for log in logs] == kept
-    assert (end["event"], end["saved"]) == ("end", str(run_dir / "adapter"))
+    assert (end["event"], end["how"], end["saved"]) == ("end", "finished", str(run_dir / "adapter"))
     assert end["next"][0] == ["ask it", f"mantis-lite chat {run_dir}"]
+
+
+def test_json_says_how_a_run_ended_and_has_no_nan(data, tmp_path, capsys):
+    recipe = mantis_lite.load_recipe("quickstart", words_of(data, tmp_path / "run")[2:])
+    poisoned = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    with progress("json", print) as (callback,):
+        callback.on_log(None, poisoned, None, {"loss": float("nan"), "epoch": 1.0, "spike": True})
+    assert json.loads(capsys.readouterr().out) == {"event": "log", "step": 1, "loss": None, "epoch": 1.0, "spike": True}
+    with patch.object(Run, "walk", side_effect=DivergedError("step 2: no")), pytest.raises(DivergedError):
+        mantis_lite.train(recipe, show="json")
+    end = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (end["event"], end["saved"], end["how"]) == ("end", None, "step 2: no")
+    assert end["next"] == [["go on where it stopped", f"mantis-lite train {tmp_path}/run/recipe.yaml"]]
+
+
+def test_a_way_that_there_is_not_is_refused(data, tmp_path):
+    with pytest.raises(
+        RecipeError, match="show: Quiet is no way to show a run\n  Set one of auto, bar, lines, json, quiet"
+    ):
+        mantis_lite.train("quickstart", words_of(data, tmp_path / "run")[2:], show="Quiet")
 
 
 def test_quiet_shows_nothing(said):

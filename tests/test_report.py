@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ from mantis_lite.errors import DataError, RecipeError, Stopped
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training import pace as paces
 from mantis_lite.training import report as reports
-from mantis_lite.training.charts import MOST, line_of, svg
+from mantis_lite.training.charts import MOST, Line, line_of, svg
 from mantis_lite.training.pace import Pace
 from mantis_lite.training.page import COLUMNS, page
 from mantis_lite.training.run import start
@@ -67,6 +68,13 @@ def copied(run_dir, tmp_path):
     return copy
 
 
+def copied_with(folder, ended):
+    """A run's folder, with another end."""
+    facts = json.loads((folder / "report.json").read_text()) | {"ended": ended}
+    (folder / "report.json").write_text(json.dumps({k: v for k, v in facts.items() if v is not ...}))
+    return folder
+
+
 def read(folder) -> tuple[Page, str]:
     text = page(folder).decode()
     return Page(text), text
@@ -79,10 +87,10 @@ def test_it_says_what_was_logged(run_dir):
     steps = [log for log in logs if "loss" in log]
     evaluations = {log["step"]: log for log in logs if "eval_loss" in log}
     titles = [title.partition(":")[0] for title in seen.texts["figcaption"]]
-    assert titles[:4] == ["loss a trained token", "learning rate", "norm of the gradient", "tokens a second"]
+    assert titles[:4] == ["loss", "learning rate", "norm of the gradient", "tokens a second"]
     assert titles[4:] == ["samples a second", "how full packs are, %", "GiB of the host's memory"]
     last = steps[-1]["loss"], evaluations[STEPS]["eval_loss"]
-    assert "loss a trained token: training {:.4g}, held out {:.4g}".format(*last) in seen.texts["figcaption"]
+    assert "loss: training {:.4g}, held out {:.4g}".format(*last) in seen.texts["figcaption"]
     assert len(seen.texts["svg"]) == len(titles) and 'http-equiv="refresh"' not in text
     assert f"finished, step {STEPS} of {STEPS}" in " ".join(seen.texts["p"][0].split())
     rows = [" ".join(row.split()) for row in seen.texts["tr"]]
@@ -111,6 +119,25 @@ def test_of_many_answers_the_first_and_the_last_are_shown(copied):
     assert shown == [0, *range(30 - COLUMNS + 1, 30)] and f"{30 - COLUMNS} more times" in article
 
 
+def test_of_many_rows_some_are_shown_and_the_others_counted(copied):
+    folder = copied(answered_left=1484)
+    assert "1,484 more rows are answered: generations.jsonl" in read(folder)[1]
+    line = json.loads((folder / "generations.jsonl").read_text().splitlines()[0]) | {"answer": " "}
+    (folder / "generations.jsonl").write_text(json.dumps(line | {"answer": ""}) + "\n")
+    assert "(nothing)" in read(folder)[0].texts["article"][0]
+
+
+def test_ticks_are_numbers_that_can_be_read():
+    def ticks(values, anchor):
+        drawn = svg([Line("rate", list(range(1, len(values) + 1)), values)], "rate")
+        found = re.findall(rf"text-anchor: {anchor}\"[^>]*>([^<]*)</text>", drawn)
+        return [float(text.replace(",", "")) for text in found]
+
+    assert ticks([1e-4, 5e-5, 1e-6], "end")[-1] == 1e-4  # and not 1, with a power of ten elsewhere
+    assert 12_000 in ticks([10_000, 12_000, 14_000], "end")
+    assert ticks([1.0, 2.0, 3.0], "middle") == [1, 2, 3]
+
+
 def test_the_commands_are_ones(run_dir, monkeypatch):
     seen, _ = read(run_dir)
     commands = [shlex.split(text) for text in seen.texts["pre"] if text.startswith("mantis-lite")]
@@ -133,14 +160,17 @@ def test_a_card_is_measured_against_the_estimate(copied):
 
 
 def test_a_run_that_was_killed_is_told_from_one_that_trains(copied):
-    folder = copied(ended=...)
-    assert "training, step" in " ".join(read(folder)[0].texts["p"][0].split())  # this process holds the folder yet
-    assert 'http-equiv="refresh"' in read(folder)[1]
+    folder, host = copied(ended=...), f"{socket.gethostname()}\n"
+    assert (folder / ".lock").read_text() == "" and "killed" in read(folder)[0].texts["p"][0]
+    (folder / ".lock").write_text(f"process {os.getpid()} on {host}")
+    for ended in (..., {"how": "stopped, before it went on", "time": 1.0}):
+        seen, text = read(copied_with(folder, ended))
+        assert "training, step" in " ".join(seen.texts["p"][0].split()) and 'http-equiv="refresh"' in text
+    copied_with(folder, ...)
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    host = (folder / ".lock").read_text().split(" on ")[1]
     (folder / ".lock").write_text(f"process {int(done.stdout)} on {host}")
     seen, text = read(folder)
-    assert "killed, or its machine has failed" in seen.texts["p"][0] and 'http-equiv="refresh"' not in text
+    assert "killed, or its machine has failed" in seen.texts["p"][0] and 'http-equiv="refresh"' in text
     os.utime(folder / ".lock", (1, 1))  # this process's number was another's, before
     (folder / ".lock").write_text(f"process {os.getpid()} on {host}")
     os.utime(folder / ".lock", (1, 1))
@@ -220,7 +250,12 @@ def test_it_takes_a_hundredth_of_the_runs_time(monkeypatch, tmp_path):
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"holds no run, as there is no report.json\n  Name the folder of a run"):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
+        with pytest.raises(DataError, match=r"holds no run, as there is no report.json\n  Name the folder of a run"):
+            page(place)
+    (tmp_path / "report.json").write_text('{"steps": ')
+    with pytest.raises(DataError, match=r"report.json is damaged: .*\n  Go on with the run, which writes it anew"):
         page(tmp_path)
 
 
@@ -279,16 +314,20 @@ def test_watch_shows_the_page_to_this_machine_alone(copied):
     with serving(folder) as url:
         with urllib.request.urlopen(url) as answer:
             assert answer.read() == page(folder) and answer.headers["Cache-Control"] == "no-store"
+        for host in ("localhost", "LOCALHOST:80", "127.0.0.1"):
+            asked = urllib.request.Request(f"{url}/?x", headers={"Host": host})
+            assert urllib.request.urlopen(asked).status == 200
         for code, path, host in ((404, "/etc/passwd", None), (404, "/../recipe.yaml", None), (403, "/", "evil.com:80")):
             asked = urllib.request.Request(url + path, headers={"Host": host} if host else {})
             with pytest.raises(urllib.error.HTTPError) as raised:
                 urllib.request.urlopen(asked)
             assert raised.value.code == code
-        with pytest.raises(RecipeError, match=r"--port: \d+ is taken\n  Choose another"):
+        with pytest.raises(RecipeError, match=r"--port: \d+ cannot be listened on: Address already in use\n  Choose"):
             watched(folder, int(url.rpartition(":")[2]))
         (folder / "report.json").unlink()
-        with pytest.raises(urllib.error.HTTPError, match="503"):
+        with pytest.raises(urllib.error.HTTPError, match="503") as raised:
             urllib.request.urlopen(url)
+        assert raised.value.headers["Refresh"] == "10", "it may begin anew"
     with pytest.raises(DataError, match="holds no run"):
         watched(folder, 0)
 

@@ -46,7 +46,7 @@ def line_of(logs: Sequence[dict[str, Any]], key: str, name: str, scale: float = 
 
 def svg(lines: Sequence[Line], what: str) -> str:
     """A chart to stand in a page, in the page's colours and letters; `what` keeps its ids from those of others."""
-    figure = _figure(lines, (4.2, 2.4), (0.15, 0.13, 0.82, 0.82))
+    figure = _figure(lines, (4.2, 2.4), (0.17, 0.13, 0.8, 0.82))
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": what}):
         figure.savefig(
@@ -71,12 +71,15 @@ def draw_curve(metrics: Path, picture: Path) -> None:
 def _figure(lines: Sequence[Line], size: tuple[float, float], room: tuple[float, float, float, float]) -> Figure:
     figure = Figure(figsize=size)
     axes = figure.add_axes(room)
-    for line, colour in zip((line for line in lines if line.steps), COLOURS, strict=False):
+    for line, colour in zip(lines, COLOURS, strict=False):
+        if not line.steps:
+            continue
         marker = "o" if len(line.steps) < 30 and not line.flat else None
         style: dict[str, Any] = {"linestyle": "--" if line.flat else "-", "marker": marker, "markersize": 3}
         axes.plot(line.steps, line.values, label=line.name, color=colour, linewidth=1.3, **style)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
     axes.grid(alpha=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     if len(axes.lines) > 1:

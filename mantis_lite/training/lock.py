@@ -55,12 +55,16 @@ class Lock:
     def release(self) -> None:
         """Let go of it."""
         if self.opened is not None:
+            os.ftruncate(self.opened, 0)  # a process may live on after its run, a notebook's
             os.close(self.opened)
             self.opened = None
 
 
 def lives(run_dir: Path) -> bool:
-    """Whether the process that took hold of a folder last is still there; of another machine's that cannot be told."""
+    """Whether a process that took hold of a folder and has not let go is there yet; another machine's counts as there.
+
+    Not for that process itself: it would lose its hold as it closes the file.
+    """
     file = run_dir / ".lock"
     found = re.match(r"process (\d+) on (.*)", file.read_text()) if file.exists() else None
     if found is None:

@@ -20,11 +20,11 @@ class Pace:
     step's time, but what is left is reckoned with them.
     """
 
-    def __init__(self, schedule: Schedule, lengths: np.ndarray, budget: int | None) -> None:
+    def __init__(self, schedule: Schedule, lengths: np.ndarray, budget: int | None, gpu: bool = False) -> None:
         packs = schedule.packs
         self.tokens = np.concatenate([[0], packs.sums(lengths, schedule.touch or 0).cumsum()])
         self.samples = np.concatenate([[0], packs.sizes.cumsum()])
-        self.per_step, self.steps, self.budget = schedule.per_step, schedule.steps, budget
+        self.per_step, self.budget, self.gpu = schedule.per_step, budget, gpu
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -32,6 +32,8 @@ class Pace:
         self.first = self.logged = step
         self.begun = self.since = time.monotonic()
         self.busy = self.walked = 0.0
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()  # of a run before in the same process
 
     def stepped(self) -> None:
         """A step was taken."""
@@ -61,7 +63,7 @@ class Pace:
             whole = (time.monotonic() - self.begun) / int(self.tokens[last] - self.tokens[self.done(self.first)])
             found["seconds_left"] = whole * int(self.tokens[-1] - self.tokens[last])
         self.logged, self.busy = step, 0.0
-        return found | memory()
+        return found | memory(self.gpu)
 
     def summary(self, step: int, seconds: float) -> dict[str, float]:
         """Of all steps since the clocks were started, in place of transformers' own."""
@@ -70,9 +72,9 @@ class Pace:
         return {"train_samples_per_second": samples / seconds, "train_tokens_per_second": tokens / seconds}
 
 
-def memory() -> dict[str, float]:
+def memory(gpu: bool) -> dict[str, float]:
     """GiB that tensors took of the GPU at most, and what the allocator held for them; without one, of the host."""
-    if not torch.cuda.is_available():
+    if not gpu:
         return {"host_memory_gib": psutil.Process().memory_info().rss / GIB}
     held = torch.cuda.max_memory_reserved()
     return {"memory_gib": torch.cuda.max_memory_allocated() / GIB, "memory_held_gib": held / GIB}

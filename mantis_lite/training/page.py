@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ COLUMNS = 8
 """Times at which a row was answered that are shown: the first, and the last."""
 UNTOLD = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
 """What is logged of an evaluation and says nothing of the model."""
+REFRESH = 10
+"""Seconds after which a browser asks for the page again, while there may be more to come."""
 
 
 class Chart(NamedTuple):
@@ -50,21 +53,24 @@ class Measure(NamedTuple):
 
 
 def page(run_dir: Path, facts: dict[str, Any] | None = None) -> bytes:
-    """The page as HTML, for which no request is made; the facts are read as well where they are not given.
+    """The page as HTML, for which no request is made; by the run itself, which knows its facts, or by another process.
 
     Raises DataError where the folder is no run's, and OSError.
     """
-    facts = facts_in(run_dir) if facts is None else facts
+    own = facts is not None
+    alive = own or lives(run_dir)
+    facts = facts or facts_in(run_dir)
+    ended = facts.get("ended") if own or not alive else None  # else of the time before: it goes on, or begins anew
+    finished = ended is not None and ended["how"] == "finished"
     logs = lines_of(run_dir / METRICS)
     steps = [log for log in logs if "loss" in log]
-    ended = facts.get("ended")
-    finished = ended is not None and ended["how"] == "finished"
     return html(
         "training/run.html",
         facts=facts,
         name=run_dir.resolve().name,
-        state=_state(ended, lives(run_dir)),
-        training=ended is None and lives(run_dir),
+        state=_state(ended, alive),
+        training=ended is None and alive,
+        refresh=0 if finished else REFRESH,
         now=steps[-1] if steps else {},
         step=logs[-1]["step"] if logs else facts["from_step"],
         loss=_last(steps, "loss"),
@@ -82,11 +88,13 @@ def page(run_dir: Path, facts: dict[str, Any] | None = None) -> bytes:
 
 def facts_in(run_dir: Path) -> dict[str, Any]:
     """What was known of a run as it began. Raises DataError where the folder holds none."""
+    remedy = "Name the folder of a run that has begun: its run_dir."
     try:
         return json.loads((run_dir / FACTS).read_text())
-    except FileNotFoundError:
-        remedy = "Name the folder of a run that has begun: its run_dir."
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{run_dir}: holds no run, as there is no {FACTS}\n  {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{run_dir / FACTS} is damaged: {error}\n  Go on with the run, which writes it anew.") from None
 
 
 def _state(ended: dict[str, Any] | None, training: bool) -> str:
@@ -98,7 +106,7 @@ def _state(ended: dict[str, Any] | None, training: bool) -> str:
 def _charts(logs: Sequence[dict[str, Any]], estimate: dict[str, Any]) -> Iterator[Chart]:
     """A chart of each thing that was logged, one after the other."""
     drawn = [
-        ("loss a trained token", [line_of(logs, "loss", "training"), line_of(logs, "eval_loss", "held out")], "{:.4g}"),
+        ("loss", [line_of(logs, "loss", "training"), line_of(logs, "eval_loss", "held out")], "{:.4g}"),
         ("learning rate", [line_of(logs, "learning_rate", "learning rate")], "{:.3g}"),
         ("norm of the gradient", [line_of(logs, "grad_norm", "norm")], "{:.3g}"),
         ("tokens a second", [line_of(logs, "tokens_per_second", "tokens a second")], "{:,.0f}"),
@@ -108,9 +116,9 @@ def _charts(logs: Sequence[dict[str, Any]], estimate: dict[str, Any]) -> Iterato
         ("GiB of the host's memory", [line_of(logs, "host_memory_gib", "held")], "{:.2f}"),
     ]
     for title, lines, form in drawn:
-        lines = [line for line in lines if line.steps]
-        if lines:
-            now = ", ".join(f"{line.name} " * (len(lines) > 1) + form.format(line.values[-1]) for line in lines)
+        shown = [line for line in lines if line.steps]
+        if shown:
+            now = ", ".join(f"{line.name} " * (len(lines) > 1) + form.format(line.values[-1]) for line in shown)
             yield Chart(title, now, svg(lines, title))
 
 
@@ -133,8 +141,11 @@ def _measures(evaluations: Sequence[dict[str, Any]]) -> Iterator[Measure]:
 
 def _answered(lines: Sequence[dict[str, Any]], asked: Sequence[dict[str, Any]]) -> Iterator[Answered]:
     """The rows that were answered, each with its answers through time."""
+    by_row = defaultdict(list)
+    for line in lines:
+        by_row[line["where"], line["id"]].append(line)
     for row in asked:
-        said = [line for line in lines if (line["where"], line["id"]) == (row["where"], row["id"])]
+        said = by_row[row["where"], row["id"]]
         if not said:
             continue
         shown = said if len(said) <= COLUMNS else [said[0], *said[-(COLUMNS - 1) :]]

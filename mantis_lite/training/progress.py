@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +11,17 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-from .page import clock
+from ..errors import RecipeError
+from .page import UNTOLD, clock
 
 How = Literal["auto", "bar", "lines", "json", "quiet"]
 """`auto` is a bar at a terminal and in a notebook, and lines elsewhere."""
 
 OFTEN = 10.0
 """Seconds between two lines, at least, but for evaluations and the last step."""
-SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
 
 
 @contextmanager
@@ -30,19 +31,21 @@ def progress(how: How, say: Callable[[str], None]) -> Iterator[Sequence[TrainerC
         console = Console()
         widgets = console.is_jupyter and find_spec("ipywidgets") is not None
         how = "bar" if console.is_terminal or widgets else "lines"
+    callbacks = {"lines": [Lines(say)], "json": [JsonLog(say)], "quiet": []}
     if how == "bar":
         with Bar() as bar:
             yield [bar]
+    elif how in callbacks:
+        yield callbacks[how]
     else:
-        yield {"lines": [Lines(say)], "json": [JsonLog(say)]}.get(how, [])
+        raise RecipeError(f"show: {how} is no way to show a run\n  Set one of auto, bar, {', '.join(callbacks)}.")
 
 
 class Bar(TrainerCallback):
     """Steps, loss, tokens a second, memory and the time that is left, as one line; evaluations stay above it."""
 
     def __init__(self) -> None:
-        shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        self.progress = Progress(*shown, TextColumn("{task.fields[logged]}"), TimeElapsedColumn())
+        self.progress = Progress(MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[logged]}"))
 
     def __enter__(self) -> Bar:
         return self
@@ -60,7 +63,7 @@ class Bar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.progress.update(self.task, logged=in_words(logs))
+            self.progress.update(self.task, logged=in_words({**logs, "learning_rate": None}))
         elif logs and "eval_runtime" in logs and state.is_world_process_zero:
             self.progress.console.print(evaluated(state.global_step, logs), highlight=False, markup=False)
 
@@ -93,13 +96,18 @@ class JsonLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and state.is_world_process_zero:
-            self.say(json.dumps({"event": "log", "step": state.global_step, **logs}))
+            self.say(json.dumps({"event": "log", "step": state.global_step, **{k: _known(v) for k, v in logs.items()}}))
+
+
+def _known(value: Any) -> Any:
+    """A value, or None where it is no number, which JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def in_words(logs: dict[str, Any]) -> str:
     """Loss, learning rate, tokens a second, memory and the time that is left, as far as they were logged."""
     found = [f"loss {logs['loss']:.4g}"]
-    if "learning_rate" in logs:
+    if logs.get("learning_rate") is not None:
         found.append(f"lr {logs['learning_rate']:.2g}")
     if "tokens_per_second" in logs:
         found.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
@@ -112,6 +120,6 @@ def in_words(logs: dict[str, Any]) -> str:
 
 def evaluated(step: int, logs: dict[str, Any]) -> str:
     """What an evaluation came to."""
-    values = {name.removeprefix("eval_"): value for name, value in logs.items() if name not in SPEED}
+    values = {name.removeprefix("eval_"): value for name, value in logs.items() if name not in UNTOLD}
     shown = [f"{name} {value:.4g}" for name, value in values.items() if name != "epoch" and isinstance(value, float)]
     return f"step {step:,}  held out: {', '.join(shown)}"

@@ -33,8 +33,8 @@ OFTEN = 10.0
 """Seconds between two writings, at least."""
 SHARE = 0.01
 """Of the run's time that is spent on its page at most, but for its first and last writing."""
-MOST_PICTURES = 16
-"""Pictures that are shown of a held-out row."""
+MOST_ROWS, MOST_PICTURES = 16, 16
+"""Held-out rows that are shown with their answers, and pictures of each."""
 
 log = logging.getLogger("mantis_lite")
 
@@ -70,7 +70,7 @@ class Report(TrainerCallback):
         self.due = now + max(OFTEN, (now - begun) / SHARE)
 
     def _keep(self) -> None:
-        self._trying(lambda: write_whole(self.run_dir / FACTS, (json.dumps(self.facts) + "\n").encode(), synced=False))
+        self._trying(lambda: write_whole(self.run_dir / FACTS, (json.dumps(self.facts) + "\n").encode()))
 
     def _trying(self, does: Callable[[], None]) -> None:
         try:
@@ -120,24 +120,26 @@ def run_facts(run: Run) -> dict[str, Any]:
         "parts": [size._asdict() for size in run.sizes],
         "notices": [*run.notices, *(f"{count:,} times: {notice}" for notice, count in prepared.notices.items())],
         "estimate": _estimated(run.estimate),
-        "machine": machine(),
+        "machine": machine(run.on_gpu),
         "versions": versions(),
         "next": commands(recipe),
-        "answered": [_asked(run.encoder, sample) for sample in run.answered],
+        "folder": str(Path.cwd()),
+        "answered": [_asked(run.encoder, sample) for sample in run.answered[:MOST_ROWS]],
+        "answered_left": max(0, len(run.answered) - MOST_ROWS),
     }
 
 
-def machine() -> str:
+def machine(gpu: bool) -> str:
     """What the run is on, in words."""
-    if torch.cuda.is_available():
+    if gpu:
         return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB"
-    return f"{psutil.cpu_count()} CPUs, no GPU"
+    return f"{psutil.cpu_count()} CPUs"
 
 
 def commands(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
     """What to type next, each with what it is for: of a run that was not finished, and of one that was."""
     folder = shlex.quote(str(recipe.run_dir))
-    held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else "held_out.json"
+    held_out = recipe.data.eval if isinstance(recipe.data.eval, str) else "FILE"
     finished = [("ask it", f"mantis-lite chat {folder}")]
     if recipe.task == "classify":
         finished = [("score rows", f"mantis-lite predict {folder} data={shlex.quote(held_out)} --metrics")]

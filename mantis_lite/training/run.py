@@ -113,7 +113,11 @@ class Run(Plan):
     @cached_property
     def estimate(self) -> Estimate | str | None:
         """What a step should take of the GPU, or why that cannot be said; None where there is no GPU."""
-        return peak(self.work, self.recipe) if torch.cuda.is_available() else None
+        return peak(self.work, self.recipe) if self.on_gpu else None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.trainer.args.device.type == "cuda"
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -354,7 +358,7 @@ def _watch(run: Run, cache: VisionCache | None) -> None:
     if run.answered:
         trainer.add_callback(Generations(run_dir / GENERATIONS, trainer, run.encoder, run.answered))
     budget = run.recipe.packing.max_length if run.recipe.packing.enabled else None
-    pace = Pace(schedule, run.prepared.train.lengths[:, 0], budget)
+    pace = Pace(schedule, run.prepared.train.lengths[:, 0], budget, run.on_gpu)
     trainer.add_callback(MetricsFile(run_dir / METRICS, schedule, pace, len(held_out)))
     if fetched_sets(run.prepared.train):
         trainer.add_callback(Ahead(schedule, run.prepared.train))
