@@ -1,4 +1,4 @@
-"""The table in docs/reliability.md of benchmarks/results/reliability.json: `python -m benchmarks.reliability_table` prints it."""
+"""The table of benchmarks/results/reliability.json in docs: `python -m benchmarks.reliability_table` prints it."""
 
 from __future__ import annotations
 
