@@ -81,7 +81,6 @@ def page(run_dir: Path, facts: dict[str, Any] | None = None) -> bytes:
         skipped=lines_of(run_dir / SKIPPED),
         spikes=[log["step"] for log in steps if log.get("spike")],
         commands=facts["next"]["finished" if finished else "stopped"],
-        recipe=(run_dir / "recipe.yaml").read_text(),
         clock=clock,
     )
 

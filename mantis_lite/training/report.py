@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from ..contract import versions
+from ..contract import public_recipe, versions
 from ..data.encode import Encoder
 from ..data.sample import Sample
 from ..errors import SampleError, Stopped
@@ -23,6 +23,7 @@ from ..files import write_whole
 from ..memory.estimate import GIB, Estimate
 from ..pages import thumbnail
 from ..recipe import Recipe
+from ..yaml_text import dump_yaml
 from .page import page
 from .run_files import FACTS, PAGE
 
@@ -123,7 +124,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "machine": machine(run.on_gpu),
         "versions": versions(),
         "next": commands(recipe),
-        "folder": str(Path.cwd()),
+        "recipe": dump_yaml(public_recipe(recipe, run.checkpoint)),  # pages are passed on: no path of this machine
         "answered": [_asked(run.encoder, sample) for sample in run.answered[:MOST_ROWS]],
         "answered_left": max(0, len(run.answered) - MOST_ROWS),
     }
