@@ -222,6 +222,19 @@ def test_a_run_that_fails_says_by_what(tmp_path):
     assert f"RuntimeError: {NASTY}" in read(tmp_path / "run")[0].texts["p"][0]
 
 
+def test_a_run_keeps_its_hold_on_its_folder_as_it_writes_its_page(tmp_path):
+    """POSIX takes a lock away from a process that closes any of its openings of the file."""
+    taking = "import sys, pathlib, mantis_lite.training.lock as lock; lock.Lock(pathlib.Path(sys.argv[1])).take()"
+    tried = []
+
+    def try_to_take():
+        words = [sys.executable, "-c", taking, str(tmp_path / "run")]
+        tried.append(subprocess.run(words, capture_output=True, text=True))
+
+    start(make_recipe(settings_of(tmp_path, tmp_path / "run")), [Ends(try_to_take)]).train()
+    assert (tmp_path / "run/report.html").exists() and "is in use by process" in tried[0].stderr
+
+
 def test_a_disk_that_is_full_costs_the_page_alone(tmp_path, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
