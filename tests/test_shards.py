@@ -226,6 +226,7 @@ def test_processes_write_what_one_writes(llava_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # Ray starts processes of its own, which wait where a machine is busy
 @pytest.mark.parametrize("layout", ["webdataset", "parquet"])
 def test_ray_writes_what_processes_write(llava_folder, tmp_path, layout):
     pytest.importorskip("ray", reason="ray is not installed: pip install 'mantis-lite[ray]'")
