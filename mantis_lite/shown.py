@@ -55,9 +55,7 @@ def train(
             saved = run.train()
         except (MantisError, Stopped) as error:
             if run.ranks.is_first and how == "json":
-                typer.echo(
-                    json.dumps({"event": "end", "saved": None, "how": str(error), "next": run.facts["next"]["stopped"]})
-                )
+                _say_end(None, str(error), run.facts["next"]["stopped"])
             raise
     if run.ranks.is_first:
         _ended(run, saved, how)
@@ -75,9 +73,13 @@ def _begun(run: Run, how: How) -> None:
 def _ended(run: Run, saved: Path, how: How) -> None:
     following = run.facts["next"]["finished"]
     if how == "json":
-        typer.echo(json.dumps({"event": "end", "saved": str(saved), "how": "finished", "next": following}))
+        _say_end(str(saved), "finished", following)
     elif how != "quiet":
         show_saved(saved, following)
+
+
+def _say_end(saved: str | None, how: str, following: Sequence[tuple[str, str]]) -> None:
+    typer.echo(json.dumps({"event": "end", "saved": saved, "how": how, "next": following}))
 
 
 def show_saved(saved: Path, following: Sequence[tuple[str, str]]) -> None:

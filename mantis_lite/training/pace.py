@@ -55,21 +55,25 @@ class Pace:
     def figures(self, step: int) -> dict[str, float]:
         """What the steps since the last figures came to, up to this one: tokens and samples a second, fill, s left."""
         first, last = self.done(self.logged), self.done(step)
-        tokens, samples = (int(of[last] - of[first]) for of in (self.tokens, self.samples))
+        tokens, samples = self._between(self.logged, step)
         found: dict[str, float] = {"num_tokens": int(self.tokens[last])}
         if self.busy and last > first:
             found |= {"tokens_per_second": tokens / self.busy, "samples_per_second": samples / self.busy}
             found |= {"fill": tokens / ((last - first) * self.budget)} if self.budget else {}
-            whole = (time.monotonic() - self.begun) / int(self.tokens[last] - self.tokens[self.done(self.first)])
+            whole = (time.monotonic() - self.begun) / self._between(self.first, step)[0]
             found["seconds_left"] = whole * int(self.tokens[-1] - self.tokens[last])
         self.logged, self.busy = step, 0.0
         return found | memory(self.gpu)
 
     def summary(self, step: int, seconds: float) -> dict[str, float]:
         """Of all steps since the clocks were started, in place of transformers' own."""
-        first, last = self.done(self.first), self.done(step)
-        tokens, samples = (int(of[last] - of[first]) for of in (self.tokens, self.samples))
+        tokens, samples = self._between(self.first, step)
         return {"train_samples_per_second": samples / seconds, "train_tokens_per_second": tokens / seconds}
+
+    def _between(self, step: int, later: int) -> tuple[int, int]:
+        """Tokens and samples of the steps from one to another."""
+        first, last = self.done(step), self.done(later)
+        return int(self.tokens[last] - self.tokens[first]), int(self.samples[last] - self.samples[first])
 
 
 def memory(gpu: bool) -> dict[str, float]:
