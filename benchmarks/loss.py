@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from mantis_lite.models.activations import tile_loss
+from mantis_lite.models.lm_head import SCORES, score_supervised
 from mantis_lite.report.probe import peak_on_cpu
 
 from . import results
@@ -36,7 +36,7 @@ def head_alone(hidden: int, vocabulary: int, device: str = "cpu", dtype: torch.d
         config = LlamaConfig(**shape, num_attention_heads=1, tie_word_embeddings=True)
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.requires_grad_(False)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
+    add_fused_lm_head(model, outputs=SCORES)  # as SFTTrainer does
     return model
 
 
@@ -57,8 +57,8 @@ def full_logits(model: Any, states: torch.Tensor, labels: torch.Tensor) -> torch
 
 
 def trained(model: Any, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What training uses: TRL's head, a tile of tokens and words at a time."""
-    tile_loss()
+    """What training uses: TRL's head as this package has it, a tile of logits at a time."""
+    score_supervised()
     return model(inputs_embeds=states, labels=labels, fused_lm_head=True).loss
 
 

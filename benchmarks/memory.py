@@ -255,7 +255,7 @@ def step_checkpoint(family: str, folder: Path) -> Path:
 @contextmanager
 def as_measured() -> Iterator[None]:
     """What went through Idefics2's connector, and what tokens the loss took, at a time when GPUs were measured."""
-    with patch.object(tower, "PROJECTOR_PATCHES", 16_384), patch.object(standins, "LOSS_TILE", 4_096):
+    with patch.object(tower, "PROJECTOR_PATCHES", 16_384), patch.object(standins, "GPU_TILE", 4_096):
         yield
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.generate import answer
-from mantis_lite.models import activations
+from mantis_lite.models import lm_head
 from mantis_lite.recipe import make_recipe
 from mantis_lite.training.checkpoints import newest, saved, step_of
 from mantis_lite.training.held_out import FEW, asked_of
@@ -185,15 +185,15 @@ class Widest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("tile", [32, 4_096])
+@pytest.mark.parametrize("tile", [8, 4_096])
 def test_a_held_out_loss_holds_a_tile_of_logits(llava_folder, files, tmp_path, monkeypatch, tile):
-    """And not those of a whole pack, unless it is as short as that."""
-    monkeypatch.setattr(activations, "LOSS_TILE", tile)
+    """Of tokens with loss, and not those of a whole pack, unless there are as few as that."""
+    monkeypatch.setattr(lm_head, "CPU_TILE", tile)
     run = start(make_recipe(settings_of(llava_folder, files, tmp_path / "run", 1)))
     with Widest(run.trainer.model.get_output_embeddings().weight) as widest:
         run.trainer.evaluate()
-    longest = max(len(pack["input_ids"][0]) for pack in run.trainer.get_eval_dataloader())
-    assert widest.rows == min(tile, longest - 1) and longest > 200
+    most = max(int((pack["labels"] != -100).sum()) for pack in run.trainer.get_eval_dataloader())
+    assert widest.rows == min(tile, most) and most > 8
 
 
 @pytest.mark.parametrize(

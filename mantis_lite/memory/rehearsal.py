@@ -17,13 +17,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from ..models.activations import checkpoint_layers, tile_loss, tile_mlps
+from ..models.activations import checkpoint_layers, tile_mlps
 from ..models.adapters import base_of
 from ..models.attention import use_attention
 from ..models.fused_lora import fuse_lora
 from ..models.kernels import bind_layers, turn_by
+from ..models.lm_head import SCORES, Head
 from ..recipe import Kernel
 from . import standins
 from .ledger import BLOCK, Ledger
@@ -64,7 +64,6 @@ def rehearse(model: nn.Module, machine: Machine, pack: Pack) -> dict[str, Counte
 
 def _prepare(base: Any, machine: Machine) -> None:
     """Attention, kernels, checkpointing and the tiles of the loss as the step has them."""
-    tile_loss()
     AttentionInterface.register(standins.ATTENTION, standins.attend)
     AttentionMaskInterface.register(standins.ATTENTION, standins.no_mask)
     if machine.gpu:
@@ -205,7 +204,9 @@ def _where(base: Any, machine: Machine, pack: Pack) -> dict[str, Any]:
     return at
 
 
-class _Ends(list[int]):
+class _Ends(tuple[int, ...]):
+    """Boundaries, for attention a segment at a time, which reads them out of a tensor."""
+
     def tolist(self) -> list[int]:
         return list(self)
 
@@ -249,16 +250,11 @@ def _loss(base: Any, machine: Machine, pack: Pack, hidden: Tensor) -> Tensor:
         labels = torch.empty(pack.tokens - 1, dtype=torch.long)
         with torch.autocast("cpu", enabled=False):
             return nn.functional.cross_entropy(logits if "16" in machine.head else logits.float(), labels)
-    hidden = hidden[:, :-1]
+    scored = _Select.apply(hidden[:, :-1], pack.supervised)
     if machine.gpu:
-        scored = _Select.apply(hidden, pack.supervised)
         return standins.FusedHead.apply(scored, weight, machine.dtype).sum()
-    targets = torch.empty(pack.tokens - 1, dtype=torch.long)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    found = ChunkedLogProbFunction.apply(
-        rows, weight, None, targets, 1.0, standins.WORDS, None, 1.0, ("log_probs", "entropy", "is_top1")
-    )
-    return -found[0].sum()
+    targets = torch.empty(pack.supervised, dtype=torch.long)
+    return -Head.apply(scored, weight, None, targets, 1.0, standins.WORDS, None, 1.0, SCORES)[0].sum()
 
 
 class _Select(torch.autograd.Function):

@@ -13,13 +13,13 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..models.activations import LOSS_TILE
+from ..models.lm_head import GPU_TILE
 
 ATTENTION = "mantis_rehearsed"
 """The name that `attend` goes by among transformers' attentions."""
 
 WORDS = 32_768
-"""Words of the tile of logits, of LOSS_TILE tokens, that TRL's head makes at a time (trl 1.16: trainer/utils.py)."""
+"""Words of the tile of logits, of GPU_TILE tokens, that TRL's head makes at a time (trl 1.16: trainer/utils.py)."""
 
 
 class _Flash(torch.autograd.Function):
@@ -130,7 +130,7 @@ class FusedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.dtype = dtype
-        hidden.new_empty(min(len(hidden), LOSS_TILE), WORDS, dtype=dtype)
+        hidden.new_empty(min(len(hidden), GPU_TILE), WORDS, dtype=dtype)
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
@@ -138,7 +138,7 @@ class FusedHead(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden, dtype=torch.float32)
         of_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        tile = hidden.new_empty(min(len(hidden), LOSS_TILE), WORDS, dtype=ctx.dtype)
+        tile = hidden.new_empty(min(len(hidden), GPU_TILE), WORDS, dtype=ctx.dtype)
         del tile
         return of_hidden.to(hidden.dtype), None if of_weight is None else of_weight.to(weight.dtype), None
 

@@ -8,23 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl.kernels import chunked_logprob
 
 from ..recipe import MemoryRecipe
 from .tiles import tile_mlp
-
-LOSS_TILE = 1_024
-"""Tokens whose logits are there at a time."""
-
-
-def tile_loss() -> None:
-    """Have TRL's head take LOSS_TILE tokens at a time, of 32,768 words: a quarter of what it would hold by itself.
-
-    At 4,096 tokens the tile is 256 MiB in 16 bits, and several times that in float32 on a CPU. trl 1.16 reads the
-    number whenever it scores; it has no argument for it.
-    """
-    assert isinstance(chunked_logprob.TOKEN_CHUNK_SIZE, int)
-    chunked_logprob.TOKEN_CHUNK_SIZE = LOSS_TILE
 
 
 def keep_less(model: PreTrainedModel, memory: MemoryRecipe) -> None:

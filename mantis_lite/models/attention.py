@@ -161,13 +161,18 @@ class _Asked(NamedTuple):
 def _calls(query: Tensor, key: Tensor, value: Tensor, asked: _Asked) -> Tensor:
     parts = []
     gqa = key.shape[1] != query.shape[1]
-    for start, end in pairwise(asked.ends.tolist()):
+    for start, end in pairwise(_numbers(asked.ends)):
         mask = _band(end - start, asked.window, query.device)
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         parts.append(
             scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=asked.scaling, enable_gqa=gqa)
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=2)  # a pack's, for all layers: each time a GPU is asked for them, it must first have done all else
+def _numbers(ends: Tensor) -> list[int]:
+    return ends.tolist()
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:

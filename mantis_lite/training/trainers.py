@@ -31,8 +31,8 @@ from ..data.labels import Labels
 from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError
 from ..metrics import Metrics, score_metrics
-from ..models.activations import tile_loss
 from ..models.head import score_loss
+from ..models.lm_head import score_supervised
 from ..models.load import loader_workers, working_dtype
 from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
@@ -332,10 +332,10 @@ class Lasting(Trainer):
 
 
 class ChatTrainer(Lasting, SFTTrainer):
-    """TRL's trainer, reporting nothing home; its loss holds the logits of a few tokens at a time."""
+    """TRL's trainer, reporting nothing home; its loss is that of tokens with loss, the logits of a few at a time."""
 
     def __init__(self, **settings: Any) -> None:
-        tile_loss()
+        score_supervised()
         super().__init__(**settings)
 
     def compute_loss(
