@@ -150,6 +150,12 @@ def check_command(
     loaded = load_recipe(recipe, overrides or ())
     if output is not None and output.exists():
         raise RecipeError(f"--output: {output} exists already\n  Name another file.")
+    from .report.said import remember, remembered, said_of
+
+    if output is html is None and (said := remembered(loaded, quick)):
+        show_check(said)
+        typer.echo(f"As of {said.on}: no file that was read then has changed since.")
+        return
     _offer_download(loaded)
     prepare_process()
     from .data.prepare import write_rejects
@@ -158,7 +164,9 @@ def check_command(
     found = check(loaded, not quick, _watched("decoding"))
     if output is not None:
         write_rejects(found.prepared.rejects, output)
-    show_check(found, output)
+    said = said_of(found)
+    show_check(said, found.prepared.rejects, output)
+    remember(loaded, quick, found, said)
     if html is not None:
         from .report.page import write_check_page
 

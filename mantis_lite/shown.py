@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import MantisError, Stopped
+from .errors import MantisError, SampleError, Stopped
 
 if TYPE_CHECKING:
     from .data.prepare import Prepared
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .push import Pushed
     from .recipe import Recipe
-    from .report.check import Check, Outlook
     from .report.fit import Fit
     from .report.probe import Probe
+    from .report.said import Said
     from .sharding import Sharded
     from .training.progress import How
     from .training.run import Run
@@ -194,18 +194,10 @@ FLIPPED = 5
 
 
 def show_rows(prepared: Prepared, purpose: str = "to train on") -> None:
-    parts = [f"{prepared.rows_read:,} rows read", f"{len(prepared.train):,} {purpose}"]
-    if prepared.held_out is not None:
-        parts.append(f"{len(prepared.held_out):,} held out")
-    parts.append(f"{len(prepared.rejects):,} rejected")
-    parts.append(f"{prepared.oversize:,} dropped as larger than a pack")
-    typer.echo(", ".join(parts))
-    for notice, count in prepared.notices.items():
-        typer.echo(f"  notice, {count:,} times: {notice}")
-    if prepared.labels is not None:
-        from .data.labels import some
+    from .report.said import rows_said
 
-        typer.echo(f"labels, {prepared.labels.problem}: {some(prepared.labels.names)}")
+    for line in rows_said(prepared, purpose):
+        typer.echo(line)
 
 
 def show_shards(found: Sharded) -> None:
@@ -231,13 +223,13 @@ SHOWN = 20
 """How many rejected rows the terminal shows."""
 
 
-def show_check(found: Check, output: Path | None) -> None:
-    if found.notice:
-        typer.echo(f"notice: {found.notice}")
-    rejects = found.prepared.rejects
-    show_rows(found.prepared)
-    if found.outlook:
-        _show_outlook(found.outlook)
+def show_check(said: Said, rejects: Sequence[SampleError] = (), output: Path | None = None) -> None:
+    if said.notice:
+        typer.echo(f"notice: {said.notice}")
+    for line in said.rows:
+        typer.echo(line)
+    if said.sample:
+        _show_sample(said)
     for reject in rejects[:SHOWN]:
         typer.echo(printable(f"rejected {reject}"))
     if len(rejects) > SHOWN:
@@ -246,29 +238,16 @@ def show_check(found: Check, output: Path | None) -> None:
         typer.echo(f"{len(rejects):,} rejected rows in {output}")
 
 
-def _show_outlook(found: Outlook) -> None:
+def _show_sample(said: Said) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(f"tokens a sample: {_spread(found.tokens)}; images: {_spread(found.images)}")
-    first = found.schedule.packs[: found.packs]
-    size = len(first.samples) / len(first)
-    console.print(f"packs an epoch: {found.packs:,}, {found.fill:.1%} full, {size:.1f} samples each")
-    plan = found.schedule
-    console.print(f"steps an epoch: {found.steps_per_epoch:,} of {plan.per_step} packs; in all {plan.steps:,}")
-    if kept := found.kept:
-        console.print(
-            f"vision cache: {kept.pictures:,} pictures, each used {kept.uses:.1f} times: memory.vision_cache=disk (or "
-            f"memory) would compute their features once, and take {kept.size / 1e6:,.1f} MB"
-        )
-    if found.target is None:
-        what = f"in template {found.template}, {found.trained_tokens} tokens trained (marked)"
-    else:
-        what = f"to be scored {found.target}"
-    console.print(f"\n{found.sample.where} {what}:", markup=False)
+    for line in said.packs:
+        console.print(line)
+    console.print(f"\n{said.sample}:", markup=False)
     text = Text()
-    for stretch in found.rendered:
+    for stretch in said.rendered:
         if stretch.trained and (console.no_color or not console.is_terminal):
             text.append(f"⟦{stretch.text}⟧")
         else:
@@ -313,8 +292,3 @@ def show_probe(found: Probe) -> None:
         table.add_row(what, *sizes, f"{estimated / measured - 1:+.1%}")
     typer.echo(f"ran a pack of {found.pack.tokens:,} tokens and {found.pack.patches:,} patches on {found.machine}")
     Console(highlight=False).print(table)
-
-
-def _spread(spread: tuple[int, int, int]) -> str:
-    least, median, most = spread
-    return f"{least:,} to {most:,}, median {median:,}"

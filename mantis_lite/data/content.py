@@ -47,6 +47,14 @@ def content_of(sample: Sample) -> Content | None:
     return Content(_hash(here, 16), int.from_bytes(_hash([*anywhere, labels], 8), "little", signed=True))
 
 
+def files_of(sample: Sample) -> list[Path] | None:
+    """The files of a sample's pictures and clips; None where some are in no file of their own. Raises OSError."""
+    frames = [frame for video in sample.videos if isinstance(video.source, tuple) for frame in video.source]
+    if not all(isinstance(image.source, Path) for image in (*sample.images, *frames)):
+        return None
+    return [part.path for part in _parts(sample) if isinstance(part, _File)]
+
+
 def _parts(sample: Sample) -> Iterator[bytes | _File | Zipped]:
     for turn in sample.turns:
         yield turn.role.encode()

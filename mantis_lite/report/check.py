@@ -23,6 +23,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.load import stated_head
 from ..models.vision_cache import VisionCache, shown, trained_parts
 from ..recipe import Recipe
+from .said import Stretch
 
 
 class Spread(NamedTuple):
@@ -39,14 +40,6 @@ class Kept(NamedTuple):
     pictures: int
     size: int
     uses: float
-
-
-class Stretch(NamedTuple):
-    """A run of a prompt's tokens, as text; a picture's placeholders are shown as one mark."""
-
-    text: str
-    trained: bool
-    is_picture: bool = False
 
 
 MOST_WORKERS = 16
