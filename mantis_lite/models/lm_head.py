@@ -14,7 +14,7 @@ GPU_TILE = 1_024
 """Tokens whose logits are there at a time, of 32,768 words."""
 
 CPU_TILE = 128
-"""Tokens whose logits are there at a time, of all words: few enough for a CPU's caches, enough for its products."""
+"""The same where there is no Triton, of all words: few enough for a CPU's caches, enough for its products."""
 
 SCORES = ("log_probs", "entropy", "is_top1")
 """What TRL's SFTTrainer asks its head for."""
@@ -38,7 +38,7 @@ def score_supervised() -> None:
 
 
 class Head:
-    """Stands where TRL has its function: its own on a GPU and where the head trains, `ScoreFunction` elsewhere."""
+    """Stands where TRL has its function: its own with Triton and where the head trains, `ScoreFunction` elsewhere."""
 
     @staticmethod
     def apply(
@@ -54,7 +54,7 @@ class Head:
     ) -> Any:
         """As TRL's: hidden states (N, H), weight (V, H), bias (V,) and targets (N,) -> what `outputs` names."""
         plain = bias is None and (temperature, softcap, logit_scale) == (1.0, None, 1.0) and set(outputs) == set(SCORES)
-        if plain and not hidden.is_cuda and not weight.requires_grad:
+        if plain and not chunked_logprob._use_triton(hidden.device) and not weight.requires_grad:
             return ScoreFunction.apply(hidden, weight, targets)
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
