@@ -67,6 +67,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.zips
+	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.likelihood
 
 # The same faults to runs here and to those of transformers, in 40 minutes; traces system calls and fills a disk where it may.

@@ -47,13 +47,14 @@ def make_model() -> Any:
     """The tower and connector of Mantis-8B-Idefics2 with random weights; of the language model, one small layer."""
     import torch
     from transformers import Idefics2ForConditionalGeneration
+    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
     from mantis_lite.models.idefics2 import IDEFICS2
 
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Idefics2ForConditionalGeneration(published_config(1, 1000, 999)).bfloat16().eval()
-    IDEFICS2.adapt(model)
+    IDEFICS2.adapt(model, Idefics2ImageProcessorPil())
     return model
 
 

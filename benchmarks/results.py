@@ -24,6 +24,7 @@ PACKAGES = (
     "pillow",
     "av",
     "numpy",
+    "simplejpeg",
 )
 
 

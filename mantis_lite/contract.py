@@ -269,7 +269,7 @@ def facts_of(checkpoint: Checkpoint, encoder: Encoder) -> Facts:
         template=encoder.template.name,
         template_hash=_hash(asdict(written)),
         pictures=f"{encoder.vision.facts} {encoder.max_image_size}",
-        backend="pil",
+        backend=encoder.frames.media.backend,
         frames={key: getattr(encoder.frames.media, key) for key in CLIP_KEYS} | {"gap": encoder.frames.gap},
         processor=json.loads(json.dumps({k: v for k, v in told.items() if v is not None}, default=dict)),
     )

@@ -189,8 +189,8 @@ class MediaRecipe(Section):
     """Quarters or tiles beside the whole picture, where the family has them."""
     max_image_size: Positive | Literal["480p", "720p", "1080p"] | None = None
     """The longest side of a picture in pixels; names for Fuyu alone."""
-    backend: Literal["pil"] = "pil"
-    """What opens pictures."""
+    backend: Literal["pil", "fast"] = "pil"
+    """What opens pictures: to the bit what the published processors do, or sooner and about that (`fast`)."""
     num_frames: Positive | None = None
     """Frames of a clip, spread over all of it."""
     fps: Annotated[float, Field(gt=0)] | None = None

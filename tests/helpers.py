@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from mantis_lite.data import template as templates
 from mantis_lite.data.encode import Encoder
@@ -65,6 +66,23 @@ def by_size(template: str = "llama_3", **settings) -> Encoder:
         facts="by size",
     )
     return Encoder(tokenizer(template), TEMPLATES[template], vision, **settings)
+
+
+def numbers_of(pixels: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
+    """What a published processor's own arithmetic makes of our bytes: views (.., 3, H, W), or patches (N, n).
+
+    Fuyu's patches go by place, and Qwen's by colour.
+    """
+    assert pixels.dtype == np.uint8
+    if pixels.ndim == 2:
+        by_place = "Fuyu" in type(processor).__name__
+        colours = pixels.reshape(len(pixels), -1, 3).swapaxes(1, 2) if by_place else pixels.reshape(len(pixels), 3, -1)
+        found = numbers_of(colours[..., None], processor)[..., 0]
+        return (found.swapaxes(1, 2) if by_place else found).reshape(pixels.shape)
+    if pixels.ndim > 3:
+        return np.stack([numbers_of(view, processor) for view in pixels])
+    rescaled = processor.rescale(pixels, processor.rescale_factor)
+    return np.ascontiguousarray(processor.normalize(rescaled, processor.image_mean, processor.image_std))
 
 
 def golden_pictures() -> dict[str, bytes]:

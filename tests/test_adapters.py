@@ -15,6 +15,7 @@ from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
+from mantis_lite.models.levels import levels_of, look_up
 from mantis_lite.models.llava import LLAVA
 from mantis_lite.models.load import load_model
 
@@ -186,6 +187,11 @@ def logits_of(model, batch) -> torch.Tensor:
         return model.eval()(**batch).logits
 
 
+def numbers_in(batch, checkpoint) -> torch.Tensor:
+    """A batch's pictures as plain clients have them, in floating point."""
+    return look_up(batch["pixel_values"], levels_of(checkpoint.image_processor))
+
+
 SAVED = {
     "lora": {},
     "dora": {"lora": {"dora": True}},
@@ -204,7 +210,8 @@ def test_a_saved_adapter_is_what_was_trained(made, checkpoint, batch, tmp_path, 
     model.save_pretrained(tmp_path)
     base = AutoModelForImageTextToText.from_pretrained(checkpoint.name, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    torch.testing.assert_close(logits_of(loaded, batch), logits_of(model, batch), rtol=0, atol=1e-4)
+    in_numbers = batch | {"pixel_values": numbers_in(batch, checkpoint)}
+    torch.testing.assert_close(logits_of(loaded, in_numbers), logits_of(model, batch), rtol=0, atol=1e-4)
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert any("multi_modal_projector" in name for name in names) == ("trainable" in settings)
 
@@ -228,8 +235,8 @@ def test_an_adapter_needs_no_mantis_lite(made, checkpoint, batch, tmp_path):
     model = made(lora={"dora": True}, trainable=EVERYTHING)
     steps(model, batch, count=2)
     model.save_pretrained(tmp_path / "adapter")
-    kept = {name: batch[name] for name in ("input_ids", "pixel_values")} | {"logits": logits_of(model, batch)}
-    torch.save(kept, tmp_path / "tensors")
+    kept = {"input_ids": batch["input_ids"], "pixel_values": numbers_in(batch, checkpoint)}
+    torch.save(kept | {"logits": logits_of(model, batch)}, tmp_path / "tensors")
     command = [sys.executable, "-I", "-c", IN_A_PROCESS, checkpoint.name, tmp_path / "adapter", tmp_path / "tensors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,9 @@ import pytest
 import torch
 from clips_made import make
 from fake_hub import FakeHub
-from helpers import SHARED, logs_of, losses, picture, recipe
+from helpers import SHARED, logs_of, losses, numbers_of, picture, recipe
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
 from typer.testing import CliRunner
 
 from mantis_lite import predict as predict_api
@@ -181,6 +181,8 @@ def test_an_adapter_and_its_head_load_with_plain_peft(settings, tmp_path):
     found = predict(tmp_path / "run", [f"data={settings['data']}"])
     batch = collate([run.encoder.encode(run.prepared.train[0])], run.encoder.vision.batch)
     del batch["labels"]
+    processor = AutoImageProcessor.from_pretrained(settings["model"], backend="pil")
+    batch["pixel_values"] = torch.from_numpy(numbers_of(batch["pixel_values"].numpy(), processor))
     torch.save(batch, tmp_path / "batch.pt")
     script = f"""
 import torch

@@ -36,7 +36,7 @@ from mantis_lite.scoring import refuse_others
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gpu_table, likelihood, reliability_table, results, zips
+from benchmarks import gpu_table, likelihood, pictures, reliability_table, results, zips
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -192,6 +192,11 @@ def test_the_table_of_faults_is_what_was_measured():
     assert "\n".join(reliability_table.lines(figures)) in PAGES["reliability"]
     ours = figures["killed"]["mantis_lite"]
     assert ours["kills"] == 500 and ours["cannot_resume"] == ours["runs_that_ended_otherwise"] == 0
+
+
+def test_the_table_of_pictures_is_what_was_measured():
+    figures = json.loads((results.FOLDER / "pictures.json").read_text())["figures"]
+    assert "\n".join(pictures.lines(figures)) in DOCS
 
 
 def test_the_table_of_zips_is_what_was_measured():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, golden_pictures, keeps_its_layout, recipe
+from helpers import SHARED, golden_pictures, keeps_its_layout, numbers_of, recipe
 from transformers import AutoConfig
 
 from mantis_lite.data.chunks import too_large
@@ -100,9 +100,9 @@ def texts(encoder, sample: Sample) -> list[str]:
     return [text for text in "".join(parts).split("\0") if text]
 
 
-def pixels_of(name: str, encoded) -> np.ndarray:
+def pixels_of(name: str, encoded, processor) -> np.ndarray:
     """Our pictures laid out as upstream's processor did: one array, Idefics2's padded to the largest."""
-    views = [array for picture in encoded.pixels for array in picture.values()]
+    views = [numbers_of(array, processor) for picture in encoded.pixels for array in picture.values()]
     if name == "mfuyu":
         return np.concatenate(views)[None]
     if name != "idefics2":
@@ -117,7 +117,7 @@ def pixels_of(name: str, encoded) -> np.ndarray:
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_prompt_ids_labels_and_pixels(opened, pictures, name, case):
     record, arrays = records(name)[case], stored(name, case)
-    _, encoder, _ = opened(name, task_of(record))
+    checkpoint, encoder, _ = opened(name, task_of(record))
     record = records(name)[record["same_sample_as"]] | record if "same_sample_as" in record else record
     if record.get("do_image_splitting"):
         encoder = opened(name)[0].encoder(recipe(prompt={"labels": "upstream"}, media={"image_splitting": True}))
@@ -141,7 +141,7 @@ def test_prompt_ids_labels_and_pixels(opened, pictures, name, case):
         assert texts(encoder, sample) == record.get("tokenizer_inputs", record.get("tokenizer_input"))
     assert encoder.measure([sample])[0].tokens == len(encoded) == record["seq_len_expanded"]
     if sample.images:
-        pixels = np.ascontiguousarray(pixels_of(name, encoded), dtype=np.float32)
+        pixels = np.ascontiguousarray(pixels_of(name, encoded, checkpoint.image_processor), dtype=np.float32)
         key = "image_patches" if name == "mfuyu" else "pixel_values"
         assert list(pixels.shape) == record[key]["shape"]
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == record[key]["sha256_fp32"]

@@ -70,7 +70,7 @@ def load(folder, checkpoint, seed=0, **settings):
     settings = {"config": config_of(checkpoint), "dtype": torch.float32} | settings
     classifier = classifier_of(checkpoint.config)
     model, info = classifier.from_pretrained(folder, output_loading_info=True, **settings)
-    checkpoint.family.adapt(model)
+    checkpoint.family.adapt(model, checkpoint.image_processor)
     return model.eval(), info
 
 
@@ -496,7 +496,7 @@ def recorded(tmp_path_factory):
     checkpoint = open_checkpoint(settings.model)
     classifier = classifier_of(checkpoint.config)
     model, info = classifier.from_pretrained(RECORDED, output_loading_info=True, dtype=torch.float32)
-    checkpoint.family.adapt(model)
+    checkpoint.family.adapt(model, checkpoint.image_processor)
     return model.eval(), info, checkpoint.encoder(settings)
 
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_hub import FakeHub
 from families import FAMILIES
-from helpers import chat, picture, write_rows
+from helpers import chat, numbers_of, picture, write_rows
 from safetensors.torch import save_file
 
 from mantis_lite.chat import MantisChat
@@ -150,8 +151,13 @@ def test_a_head_is_a_layer_on_the_backbone(alone, folder_of, family, tmp_path):
     opened = open_trained(run)
     encoded = opened.encoder.encode(Sample("s", None, (Turn("user", (Image(tmp_path / "1.png"), " how good?")),)))
     inputs = dict(_padded(opened.encoder, [encoded]))
+    (pixels,) = (array for array in encoded.pixels[0].values() if array.dtype == np.uint8)
+    numbers = torch.from_numpy(numbers_of(pixels, opened.checkpoint.image_processor))
     if family == "idefics2":  # the stock layout, of one picture
-        inputs["pixel_values"] = torch.from_numpy(encoded.pixels[0]["view 0"])[None, None].contiguous()
+        inputs["pixel_values"] = numbers[None, None]
+    else:
+        name = next(name for name, value in inputs.items() if value.dtype == torch.uint8)
+        inputs[name] = numbers.view(inputs[name].shape)
     model = opened.load()
     batch = collate([encoded], opened.encoder.vision.batch)
     del batch["labels"]

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from mantis_lite.data.encode import Encoder
 from mantis_lite.data.template import LLAMA_3
 from mantis_lite.generate import answer
 from mantis_lite.models.checkpoint import Checkpoint, open_checkpoint
+from mantis_lite.models.llava import LLAVA
 from mantis_lite.recipe import MediaRecipe, ModelRecipe
 from mantis_lite.tiny import CHECKPOINT, build, layout, tasks
 
@@ -29,7 +30,9 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    found = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    LLAVA.adapt(found, AutoImageProcessor.from_pretrained(CHECKPOINT, backend="pil"))
+    return found
 
 
 def keys(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from clips_made import make, number_of
-from helpers import SHARED, by_size, recipe
+from helpers import SHARED, by_size, numbers_of, recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
@@ -504,7 +504,8 @@ def test_frames_pixels_and_prompt_of_the_original(golden, name, case):
     settings = recipe(
         GOLDEN / "checkpoints" / name, task="video", media=media | {"sampling": "upstream"}, method="full"
     )
-    encoder = open_checkpoint(settings.model).encoder(settings)
+    checkpoint = open_checkpoint(settings.model)
+    encoder = checkpoint.encoder(settings)
     found = dict(record["sample"])
     found["conversation"] = found["conversation"][:6]
     sample = parse(found, "golden:1", MediaFolder(REAL), "video")
@@ -522,6 +523,7 @@ def test_frames_pixels_and_prompt_of_the_original(golden, name, case):
         ]
     )
     pixels = pixels[None] if name == "idefics2" else pixels
+    pixels = numbers_of(pixels, checkpoint.image_processor)
     assert list(pixels.shape) == record["pixel_values"]["shape"]
     assert hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest() == record["pixel_values"]["sha256_fp32"]
     each = encoder.vision.tokens((56, 56))[-1][1]

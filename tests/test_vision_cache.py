@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,7 @@ def test_what_made_features_is_part_of_their_name(checkpoint_of, folder_of, towe
         ),
         (4, {"settings": recipe(memory=DISK, media={"max_image_size": 50})}),
         (4, {"settings": recipe(memory=DISK, media=SPLIT)}),
+        *([(4, {"settings": recipe(memory=DISK, media={"backend": "fast"})})] if find_spec("simplejpeg") else ()),
         (4, {"settings": recipe(memory=DISK, trainable={"projector": "full"})}),
         (4, {"change": lambda model: nudge(model.model.vision_model)}),
         (4, {"change": lambda model: nudge(model.model.connector)}),

@@ -312,7 +312,7 @@ class Encoder:
     def _seen(self, sample: Sample) -> tuple[list[Size], Callable[[], list[Pixels]]]:
         """The sizes of a sample's pictures; and what the model takes of each, once it is known to take such sizes."""
         if self.features is None:
-            pictures = self.frames.open(sample, self.max_image_size)
+            pictures = self.frames.see(sample, self.max_image_size, self.vision.enough)
             return [picture.size for picture in pictures], lambda: [self.vision.pixels(p) for p in pictures]
         kept = []
         for image in sample.images:

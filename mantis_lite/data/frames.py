@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
+import numpy as np
 from PIL.Image import Image as Picture
 
 from ..errors import SampleError
@@ -17,6 +18,8 @@ from . import media as pictures
 from .clips import ClipError, Clips, Header
 from .lengths import Measured
 from .sample import Frame, Image, Sample, Turn, Video
+from .turbo import Turbo, open_turbo
+from .vision import Seen, Size
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Frames:
     @property
     def facts(self) -> str:
         """Names everything that a sample's layout depends on, for the cache of lengths."""
-        return repr((self.media, self.gap, pictures.RULES))
+        media = self.media.model_copy(update={"backend": "pil"})  # which makes no difference to lengths
+        return repr((media, self.gap, pictures.RULES))
 
     def lay_out(self, sample: Sample) -> Sample:
         """The sample with each clip's frames in its place; as it is where it has no clip. Raises SampleError."""
@@ -60,6 +64,27 @@ class Frames:
             yield "frames that are pictures have no times: media.max_frames of them were taken, whatever media.fps is"
         if (self.media.start or self.media.end) and any(_are_pictures(video) for video in sample.videos):
             yield "frames that are pictures have no times: all were taken, whatever media.start and media.end are"
+
+    def see(
+        self,
+        sample: Sample,
+        max_size: int | None,
+        enough: Callable[[Size], Size],
+        images: Sequence[Image] | None = None,
+    ) -> list[Seen]:
+        """As `open`, by media.backend: of a picture there may be fewer pixels, but `enough` for one of its size."""
+        if self.media.backend == "pil":
+            return list(self.open(sample, max_size, images))
+        images = sample.images if images is None else images
+        frames = iter(self.open(sample, max_size, [image for image in images if isinstance(image, Frame)]))
+        found: list[Seen] = []
+        for image in images:
+            if isinstance(image, Frame):
+                frame = next(frames)
+                found.append(Turbo(np.array(frame), frame.size))
+            else:
+                found.append(open_turbo(image, sample, max_size, enough))
+        return found
 
     def open(self, sample: Sample, max_size: int | None = None, images: Sequence[Image] | None = None) -> list[Picture]:
         """The pixels of a laid out sample's pictures, in order: all, or its `images` that are asked for.

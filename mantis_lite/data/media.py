@@ -64,12 +64,12 @@ class Header(NamedTuple):
 def header(image: Image, sample: Sample, max_size: int | None = None) -> Header:
     """What the header says of a picture; raises SampleError."""
     if isinstance(image, Frame):
-        return Header(_fitted(image.size, max_size), False)
+        return Header(fitted(image.size, max_size), False)
     if not isinstance(image.source, bytes) and (found := _jpeg_size(image.source)):
-        return Header(_fitted(found, max_size), False)
-    with _opened(image, sample) as picture:
+        return Header(fitted(found, max_size), False)
+    with opened(image, sample) as picture:
         more = getattr(picture, "is_animated", False) and picture.format != "MPO"
-        return Header(_fitted(_upright(picture.size, _orientation_of(picture)), max_size), more)
+        return Header(fitted(upright(picture.size, orientation_of(picture)), max_size), more)
 
 
 def stream(source: Path | bytes | Zipped) -> IO[bytes]:
@@ -90,22 +90,27 @@ def open_image(image: Image, sample: Sample, max_size: int | None = None) -> PIL
     It is turned upright as its EXIF says, seen on white where it is transparent, 16 bits become 8, and of several
     pictures the first is taken. As upstream a shorter side below 16 px is enlarged to 16, whatever `max_size`.
     """
-    with _opened(image, sample) as picture:
-        orientation = _orientation_of(picture)
-        expected = _upright(picture.size, orientation)
-        seen = _rgb(picture)
-        if orientation in UPRIGHT:
-            seen = seen.transpose(UPRIGHT[orientation])
-        if seen.size != expected:
-            raise ValueError(
-                f"its header says {expected[0]} x {expected[1]} pixels, and it has {seen.width} x {seen.height}"
-            )
-        return fit(seen, max_size)
+    with opened(image, sample) as picture:
+        return fit(decoded(picture), max_size)
+
+
+def decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """What is seen of an opened picture: RGB, upright, in its own size. Raises one of `BROKEN`."""
+    orientation = orientation_of(picture)
+    expected = upright(picture.size, orientation)
+    seen = _rgb(picture)
+    if orientation in UPRIGHT:
+        seen = seen.transpose(UPRIGHT[orientation])
+    if seen.size != expected:
+        raise ValueError(
+            f"its header says {expected[0]} x {expected[1]} pixels, and it has {seen.width} x {seen.height}"
+        )
+    return seen
 
 
 def fit(pixels: PIL.Image.Image, max_size: int | None) -> PIL.Image.Image:
     """A picture scaled to what `size` says of it."""
-    wanted = _fitted(pixels.size, max_size)
+    wanted = fitted(pixels.size, max_size)
     return pixels if pixels.size == wanted else pixels.resize(wanted)
 
 
@@ -143,11 +148,13 @@ def _eight_bits(picture: PIL.Image.Image) -> np.ndarray:
     return scaled
 
 
-def _upright(found: tuple[int, int], orientation: int) -> tuple[int, int]:
+def upright(found: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """A size as it is when turned by this EXIF orientation, or turned back."""
     return found if orientation < 5 else (found[1], found[0])
 
 
-def _orientation_of(picture: PIL.Image.Image) -> int:
+def orientation_of(picture: PIL.Image.Image) -> int:
+    """How an opened picture is to be turned, a key of `UPRIGHT` or 1."""
     # Pillow turns a TIFF itself, its size as well. Only EXIF counts, as in browsers: not what XMP may say besides.
     return 1 if picture.format == "TIFF" else _orientation(picture.info.get("exif", b""))
 
@@ -199,10 +206,11 @@ def _jpeg_header(file: IO[bytes]) -> tuple[int, int] | None:
             file.seek(length - 2, io.SEEK_CUR)
     if len(frames) != 1 or len(exifs) > 1:
         return None
-    return _upright(frames[0], _orientation(exifs[0]) if exifs else 1)
+    return upright(frames[0], _orientation(exifs[0]) if exifs else 1)
 
 
-def _fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:
+def fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:
+    """The size to which a picture of this size is scaled."""
     scale = min(1.0, max_size / max(found)) if max_size else 1.0
     if int(min(found) * scale) < MIN_SIDE:
         scale = MIN_SIDE / min(found)
@@ -210,7 +218,7 @@ def _fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
+def opened(image: Image, sample: Sample) -> Iterator[PIL.Image.Image]:
     """Open the header; a failure here or in the body, where pixels are read, becomes a SampleError."""
     source = image.source
     try:

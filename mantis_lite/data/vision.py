@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,11 +12,17 @@ from PIL.Image import Image as Picture
 
 from .template import Token, Wrap
 
+if TYPE_CHECKING:
+    from .turbo import Turbo
+
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+Seen: TypeAlias = "Picture | Turbo"
+"""A decoded picture, by either media.backend."""
+
 Pixels = dict[str, Any]
-"""One picture as the model takes it: arrays by name; or tensors, where its features are kept (`features.py`)."""
+"""One picture as the model takes it: bytes, in arrays by name; or its features, where they are kept (`features.py`)."""
 
 Runs = tuple[tuple[str, int], ...]
 """What stands for a picture in a prompt: a `Token` or text, and how many times it is repeated."""
@@ -33,6 +39,16 @@ def bounded(size: Size, longest: int, shortest: int) -> Size:
     return max(width, shortest), max(height, shortest)
 
 
+def planes(picture: Seen) -> np.ndarray:
+    """A picture's bytes (3, H, W), a view of what it holds."""
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def all_of_it(size: Size) -> Size:
+    """As many pixels as a picture has."""
+    return size
+
+
 def lay_end_to_end(pictures: Sequence[Pixels]) -> dict[str, Any]:
     """The arrays of all pictures by name, one after the other along their first axis."""
     names = pictures[0] if pictures else ()
@@ -47,19 +63,21 @@ class Vision:
     `patches` counts the vision tower's positions. `pixels` makes one picture's arrays, and `batch` the model's inputs
     from all pictures of a pack in reading order. `positions`, where a family has more than one position a token,
     gives (R, T) from which tokens are placeholders (T,) and the sample's pictures. `views`, where the tower takes
-    pictures in their own shape, gives the (rows, columns) of its positions for each view of one.
+    pictures in their own shape, gives the (rows, columns) of its positions for each view of one. `enough` is the least
+    (width, height) that a picture of a size may be decoded to: `pixels` scales it to no more.
     """
 
     placeholder: Token
     tokens: Callable[[Size], Runs]
     patches: Callable[[Size], int]
-    pixels: Callable[[Picture], Pixels]
+    pixels: Callable[[Seen], Pixels]
     facts: str
     """Names everything `tokens`, `patches` and `wrap` depend on, for the cache of lengths."""
     wrap: Wrap = field(default_factory=Wrap)
     batch: Callable[[Sequence[Pixels]], dict[str, Any]] = lay_end_to_end
     positions: Callable[[np.ndarray, Sequence[Pixels]], np.ndarray] | None = None
     views: Callable[[Size], Sequence[tuple[int, int]]] | None = None
+    enough: Callable[[Size], Size] = all_of_it
 
     def placeholders(self, size: Size) -> int:
         """How many tokens of a picture of this size are replaced."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..models.levels import LEVELS, look_up, look_up_patches
 from ..models.tower import at_a_time, projected_at_a_time
 from .ledger import Ledger
 from .step import Machine, Pack
@@ -49,8 +50,13 @@ def _grad(module: nn.Module) -> Any:
 
 
 def _pixels(ledger: Ledger, machine: Machine, pack: Pack, *shape: int) -> Tensor:
-    """Pixels in float32, as they come; on a card for the whole step, on a CPU in numpy's memory."""
-    return _come("pixels", torch.float32, ledger, machine, pack, *shape)
+    """Pixels in bytes, as they come; on a card for the whole step, on a CPU in numpy's memory."""
+    return _come("pixels", torch.uint8, ledger, machine, pack, *shape)
+
+
+def _levels() -> Tensor:
+    """What a processor makes of each level (`models/levels.py`)."""
+    return torch.empty(3, LEVELS)
 
 
 def _kept(ledger: Ledger, machine: Machine, pack: Pack, *shape: int) -> Tensor:
@@ -89,7 +95,9 @@ def _llava(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Te
     pixels = _pixels(ledger, machine, pack, len(pack.grids), 3, vision.image_size, vision.image_size)
     for part in pixels.split(at_a_time(positions)):
         with _grad(tower):
-            hidden = tower(part, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+            hidden = tower(look_up(part, _levels()), output_hidden_states=True).hidden_states[
+                config.vision_feature_layer
+            ]
         found.append(_project(model.multi_modal_projector, hidden[:, 1:] if drops else hidden, machine))
     return torch.cat(found), []
 
@@ -129,8 +137,8 @@ def _idefics2(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple
     found: list[Tensor] = []
     alike: Counter[torch.Size] = Counter()
     trains, hidden = any(True for _ in trained(model.connector)), torch.empty(0)
-    for pixels in groups:
-        pixels = pixels.to(model.dtype)
+    for group in groups:
+        pixels = look_up(group, _levels()).to(model.dtype)
         alike[pixels.shape] += 1
         if alike[pixels.shape] > 2 and machine.checkpointed != 0 and not any(True for _ in trained(tower)):
             # What is left of such a group is what was left of the one before, and it takes no more on its way.
@@ -154,14 +162,14 @@ def _idefics3(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple
     pixels = _pixels(ledger, machine, pack, tiles, 3, vision.image_size, vision.image_size)
     for part in pixels.split(at_a_time(positions)):
         with _grad(model.vision_model):
-            hidden = _encode(model.vision_model, part.to(machine.dtype))
+            hidden = _encode(model.vision_model, look_up(part, _levels()).to(machine.dtype))
         found.append(_project(model.connector, hidden, machine))
     return torch.cat(found), []
 
 
 def _fuyu(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
     pixels = _pixels(ledger, machine, pack, 1, pack.patches, model.vision_embed_tokens.in_features)
-    return model.vision_embed_tokens(pixels.to(machine.dtype)), []
+    return model.vision_embed_tokens(look_up_patches(pixels, _levels(), -1).to(machine.dtype)), []
 
 
 def _qwen(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Tensor, list[Tensor]]:
@@ -169,7 +177,7 @@ def _qwen(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Ten
     config = tower.config
     width = 3 * config.temporal_patch_size * config.patch_size**2
     patches = pack.patches - pack.patches % config.spatial_merge_size**2
-    pixels = _pixels(ledger, machine, pack, patches, width).to(machine.dtype)
+    pixels = look_up_patches(_pixels(ledger, machine, pack, patches, width), _levels(), -2).to(machine.dtype)
     ends = _Bounds([patches])
     deep = []
     blocks_train = any(True for _ in trained(tower.blocks))

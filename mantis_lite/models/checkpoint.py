@@ -25,6 +25,7 @@ from .. import tiny
 from ..data.encode import Encoder, Score
 from ..data.frames import Frames
 from ..data.template import Token, captions, choose_template
+from ..data.turbo import require_turbo
 from ..errors import RecipeError
 from ..recipe import MediaRecipe, ModelRecipe, Recipe
 from .family import Family
@@ -98,6 +99,8 @@ class Checkpoint:
         """The Encoder of this model under a recipe's prompt and media settings. Raises RecipeError."""
         self._refuse_what_it_lacks(recipe)
         family, media = self.family, recipe.media
+        if media.backend == "fast":
+            require_turbo()
         vocabulary = self.tokenizer.get_vocab()
         vision = family.vision(self.config, self.image_processor, media, vocabulary)
         large = [token for token, _ in vision.tokens((4096, 4096)) if isinstance(token, Token)]

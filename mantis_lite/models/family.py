@@ -21,10 +21,6 @@ SIGLIP_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """The linear layers of a CLIP or SigLIP tower."""
 
 
-def as_it_is(model: PreTrainedModel) -> None:
-    """Nothing: the stock model reads the family's batch."""
-
-
 def sound(config: dict[str, Any]) -> None:
     """Nothing: transformers reads the published config as it was meant."""
 
@@ -70,11 +66,11 @@ class Family:
     targets: Mapping[Part, tuple[str, ...]]
     processor: Callable[[PreTrainedConfig, MediaRecipe], Processing]
     vision: Callable[[PreTrainedConfig, BaseImageProcessor, MediaRecipe, Collection[str]], Vision]
+    adapt: Callable[[PreTrainedModel, BaseImageProcessor], None]
     hub: tuple[Template, ...] = ()
     tower_layers: Callable[[PreTrainedConfig], str] = lambda config: ""
     splits: bool = False
     caps: Collection[str] = ()
     scales: bool = False
     mend: Callable[[dict[str, Any]], str | None] = sound
-    adapt: Callable[[PreTrainedModel], None] = as_it_is
     projection: Projection | None = None

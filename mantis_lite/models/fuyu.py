@@ -7,20 +7,21 @@ so pictures are laid out here as upstream's own processor does.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from inspect import signature
 from math import ceil
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image as Picture
 from PIL.Image import Resampling
 from transformers import FuyuForCausalLM, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import MFUYU_V1, Token, Wrap
-from ..data.vision import Pixels, Runs, Size, Vision, lay_end_to_end
+from ..data.vision import Pixels, Runs, Seen, Size, Vision, lay_end_to_end
 from ..recipe import MediaRecipe
 from .family import Family, Processing
+from .levels import see_levels
 
 PLACEHOLDER, NEW_LINE = Token("|SPEAKER|"), Token("|NEWLINE|")
 BEGIN, END = Token("|IMAGE|"), Token("|ENDOFIMAGE|")
@@ -57,9 +58,11 @@ def vision(
         columns, rows = grid(size)
         return columns * rows
 
-    def pixels(picture: Picture) -> Pixels:
-        size = _scaled(picture.size, cap)
-        scaled = picture if picture.size == size else picture.resize(size, Resampling.BILINEAR)
+    def enough(size: Size) -> Size:
+        return _scaled(size, cap)
+
+    def pixels(picture: Seen) -> Pixels:
+        scaled = picture.resize(enough(picture.size), Resampling.BILINEAR)
         return {"patches": _patches(np.asarray(scaled), side)}
 
     # transformers before 5.23 takes the patches by another name, and ignores this one without an error.
@@ -73,6 +76,7 @@ def vision(
         wrap=Wrap(before=lambda j: f"image {j - 1}: ", chunk=Token("<s>")),
         tokens=tokens,
         patches=patches,
+        enough=enough,
         pixels=pixels,
         batch=batch,
         facts=f"fuyu {side} {cap} {begin} {end}",
@@ -89,16 +93,15 @@ def _scaled(size: Size, cap: Size) -> Size:
 
 
 def _patches(image: np.ndarray, side: int) -> np.ndarray:
-    """An image (H, W, 3) of 0 to 255 as patches (N, side * side * 3) of -1 to 1, row by row, filled up below and right.
+    """An image (H, W, 3) of bytes as patches (N, side * side * 3), row by row, filled up below and right.
 
-    The filling is a value of 1 in 255, as the original's: it pads before it scales.
+    The filling is a level of 1, as the original's: it pads before it scales.
     """
     height, width, colours = image.shape
     rows, columns = ceil(height / side), ceil(width / side)
     whole = np.ones((rows * side, columns * side, colours), dtype=np.uint8)
     whole[:height, :width] = image
-    levels = ((np.arange(256) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
-    return levels[whole].reshape(rows, side, columns, side, colours).swapaxes(1, 2).reshape(rows * columns, -1)
+    return whole.reshape(rows, side, columns, side, colours).swapaxes(1, 2).reshape(rows * columns, -1)
 
 
 def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
@@ -131,6 +134,7 @@ FUYU = Family(
     },
     processor=_processor,
     vision=vision,
+    adapt=partial(see_levels, colours=-1),
     caps=CAPS,
     mend=_state_theta,
 )

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import partial
+from math import ceil
 from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image as Picture
+from PIL.Image import Resampling
 from torch.utils.checkpoint import checkpoint
 from transformers import Idefics2Model, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..data.template import IDEFICS_2, IDEFICS_2_HUB, Token, Wrap
-from ..data.vision import Pixels, Size, Vision, bounded
+from ..data.vision import Pixels, Seen, Size, Vision, bounded, planes
 from ..recipe import MediaRecipe
 from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Processing, Projection
+from .levels import levels_of, look_up
 from .tower import at_a_time, projected_at_a_time
+
+Box = tuple[int, int, int, int]
 
 FAKE, PLACEHOLDER = Token("<fake_token_around_image>"), Token("<image>")
 
@@ -36,16 +41,22 @@ def vision(
     `media.image_splitting` adds a picture's four quarters before it, so five times the tokens; upstream left it off.
     """
     patch, latents = config.vision_config.patch_size, config.perceiver_config.resampler_n_latents
-    splitting = bool(media.image_splitting)
+    splitting, resample = bool(media.image_splitting), Resampling(processor.resample)
+    bounds = processor.size["longest_edge"], processor.size["shortest_edge"]
 
     def views(size: Size) -> list[tuple[int, int]]:
-        bounds = processor.size["longest_edge"], processor.size["shortest_edge"]
-        sizes = [bounded(view, *bounds) for view in _views(size, splitting)]
+        sizes = [bounded(_size(box), *bounds) for box in _boxes(size, splitting)]
         return [(height // patch, width // patch) for width, height in sizes]
 
-    def pixels(picture: Picture) -> Pixels:
-        found = processor([[picture]], do_image_splitting=splitting, do_pad=False)["pixel_values"]
-        return {f"view {number}": np.asarray(view) for number, view in enumerate(found[0])}
+    def pixels(picture: Seen) -> Pixels:
+        seen = [picture.crop(box) for box in _boxes(picture.size, splitting)]
+        scaled = [view.resize(bounded(view.size, *bounds), resample) for view in seen]
+        return {f"view {number}": planes(view) for number, view in enumerate(scaled)}
+
+    def enough(size: Size) -> Size:
+        boxes = _boxes(size, splitting)
+        scale = max(to / of for box in boxes for to, of in zip(bounded(_size(box), *bounds), _size(box), strict=True))
+        return ceil(size[0] * scale), ceil(size[1] * scale)
 
     def batch(pictures: Sequence[Pixels]) -> dict[str, Any]:
         return {"pixel_values": by_shape([view for picture in pictures for view in picture.values()], patch)}
@@ -57,6 +68,7 @@ def vision(
         tokens=lambda size: runs,
         patches=lambda size: sum(rows * columns for rows, columns in views(size)),
         views=views,
+        enough=enough,
         pixels=pixels,
         batch=batch,
         facts=f"idefics2 {latents} {patch} {splitting} {processor.size}",
@@ -64,7 +76,7 @@ def vision(
 
 
 def by_shape(views: Sequence[np.ndarray], patch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pictures (3, H, W) of like shape together: places (N,) in reading order and pixels (N, 3, H', W') of each group.
+    """Pictures (3, H, W) of like shape together: places (N,) in reading order and bytes (N, 3, H', W') of each group.
 
     The stock layout pads every picture of a batch to the largest one. Pictures keep their shapes here, so most of that
     would be padding, and a mask over it keeps the tower's attention off the flash kernel. A group has at most
@@ -83,18 +95,19 @@ def by_shape(views: Sequence[np.ndarray], patch: int) -> list[tuple[torch.Tensor
     return groups
 
 
-def _read_by_shape(model: PreTrainedModel) -> None:
+def _read_by_shape(model: PreTrainedModel, processor: BaseImageProcessor) -> None:
     """Let a loaded model take what `by_shape` gives as its pixel_values, beside the stock layout."""
-    model.model.get_image_features = MethodType(_features, model.model)
+    model.model.get_image_features = MethodType(partial(_features, levels=levels_of(processor)), model.model)
 
 
-def _features(self: Idefics2Model, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+def _features(self: Idefics2Model, pixel_values: Any, *args: Any, levels: torch.Tensor, **kwargs: Any) -> Any:
     """What the tower and the connector make of pictures, a shape at a time; in reading order."""
     if isinstance(pixel_values, torch.Tensor):
+        assert pixel_values.is_floating_point(), "what the stock layout is filled up with is no level"
         return Idefics2Model.get_image_features(self, pixel_values, *args, **kwargs)
     places, found = [], []
     for members, pictures in pixel_values:
-        pictures = pictures.to(self.dtype)
+        pictures = look_up(pictures, levels).to(self.dtype)
         rows, columns = (side // self.vision_model.config.patch_size for side in pictures.shape[-2:])
         whole = torch.ones(len(pictures), rows, columns, dtype=torch.bool, device=pictures.device)
         hidden = self.vision_model(pixel_values=pictures, patch_attention_mask=whole).last_hidden_state
@@ -129,13 +142,19 @@ def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
     )
 
 
-def _views(size: Size, splitting: bool) -> list[Size]:
-    """The sizes of a picture's quarters, where it is split, and its own."""
+def _boxes(size: Size, splitting: bool) -> list[Box]:
+    """Left, top, right and bottom of a picture's quarters, where it is split, and of itself."""
     width, height = size
+    whole = (0, 0, width, height)
     if not splitting:
-        return [size]
-    left, top = width // 2, height // 2
-    return [(left, top), (width - left, top), (left, height - top), (width - left, height - top), size]
+        return [whole]
+    x, y = width // 2, height // 2
+    return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height), whole]
+
+
+def _size(box: Box) -> Size:
+    left, top, right, bottom = box
+    return right - left, bottom - top
 
 
 IDEFICS2 = Family(

@@ -11,13 +11,14 @@ from math import ceil
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image as Picture
+from PIL.Image import Resampling
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import IDEFICS_3, IDEFICS_3_HUB, SMOLVLM, Token
-from ..data.vision import Pixels, Runs, Size, Vision, bounded, lay_end_to_end
+from ..data.vision import Pixels, Runs, Seen, Size, Vision, bounded, lay_end_to_end, planes
 from ..recipe import MediaRecipe
 from .family import LLAMA_LAYERS, SIGLIP_LAYERS, Family, Processing, Projection
 from .tower import see_a_few_at_a_time
@@ -40,6 +41,7 @@ def vision(
     tower = config.vision_config
     positions = (tower.image_size // tower.patch_size) ** 2
     each = positions // config.scale_factor**2
+    resample = Resampling(processor.resample)
 
     def tokens(size: Size) -> Runs:
         columns, rows = _tiles(size, longest, tile) if splitting else (0, 0)
@@ -57,9 +59,22 @@ def vision(
         columns, rows = _tiles(size, longest, tile) if splitting else (0, 0)
         return (columns * rows + 1) * positions
 
-    def pixels(picture: Picture) -> Pixels:
-        made = processor([[picture]], do_image_splitting=splitting, size={"longest_edge": longest}, return_tensors="np")
-        return {"pixel_values": made["pixel_values"][0]}
+    def pixels(picture: Seen) -> Pixels:
+        """Scaled by its longest side, then to whole tiles, and from these to the view of the whole, as upstream."""
+        scaled = picture.resize(_longest(picture.size, longest), resample)
+        if not splitting:
+            return {"pixel_values": planes(scaled.resize((tile, tile), resample))[None]}
+        width, height = _whole_tiles(scaled.size, tile)
+        scaled = scaled.resize((width, height), resample)
+        whole = planes(scaled.resize((tile, tile), resample))[None]
+        if (width, height) == (tile, tile):
+            return {"pixel_values": whole}
+        tiles = planes(scaled).reshape(3, height // tile, tile, width // tile, tile).transpose(1, 3, 0, 2, 4)
+        return {"pixel_values": np.concatenate([tiles.reshape(-1, 3, tile, tile), whole])}
+
+    def enough(size: Size) -> Size:
+        scaled = _longest(size, longest)
+        return scaled if splitting else (max(scaled[0], tile), max(scaled[1], tile))
 
     def batch(pictures: Sequence[Pixels]) -> dict[str, Any]:
         return {"pixel_values": lay_end_to_end(pictures)["pixel_values"][None]}
@@ -68,6 +83,7 @@ def vision(
         placeholder=PLACEHOLDER,
         tokens=tokens,
         patches=patches,
+        enough=enough,
         pixels=pixels,
         batch=batch,
         facts=f"idefics3 {each} {positions} {tile} {longest} {splitting}",
@@ -75,7 +91,13 @@ def vision(
 
 
 def _tiles(size: Size, longest: int, tile: int) -> Size:
-    """Columns and rows of tiles of a picture, by the processors' arithmetic; none where it is a single view."""
+    """Columns and rows of tiles of a picture; none where it is a single view."""
+    width, height = _whole_tiles(_longest(size, longest), tile)
+    return (width // tile, height // tile) if width > tile or height > tile else (0, 0)
+
+
+def _longest(size: Size, longest: int) -> Size:
+    """A size scaled to its longest side, the other one even, by the processors' arithmetic."""
     width, height = size
     ratio = width / height
     if width >= height:
@@ -84,7 +106,12 @@ def _tiles(size: Size, longest: int, tile: int) -> Size:
     else:
         width, height = int(longest * ratio), longest
         width += width % 2
-    width, height = bounded((max(width, 1), max(height, 1)), LIMIT, 1)
+    return bounded((max(width, 1), max(height, 1)), LIMIT, 1)
+
+
+def _whole_tiles(size: Size, tile: int) -> Size:
+    """A size enlarged to whole tiles, by the processors' arithmetic."""
+    width, height = size
     ratio = width / height
     if width >= height:
         width = ceil(width / tile) * tile
@@ -92,7 +119,7 @@ def _tiles(size: Size, longest: int, tile: int) -> Size:
     else:
         height = ceil(height / tile) * tile
         width = ceil(int(height * ratio) / tile) * tile
-    return (width // tile, height // tile) if width > tile or height > tile else (0, 0)
+    return width, height
 
 
 def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
@@ -107,9 +134,9 @@ def _processor(config: PreTrainedConfig, media: MediaRecipe) -> Processing:
     return Processing({"processor_class": name, "image_seq_len": each}, images)
 
 
-def _adapt(model: PreTrainedModel) -> None:
+def _adapt(model: PreTrainedModel, processor: BaseImageProcessor) -> None:
     """A few tiles at a time; and before transformers 5.23, SmolVLM's features could not be of less bits than words."""
-    see_a_few_at_a_time(model, 1, "connector")
+    see_a_few_at_a_time(model, processor, 1, "connector")
     if hasattr(model.model, "inputs_merger"):
         model.model.inputs_merger = MethodType(_merged, model.model)
 

@@ -89,7 +89,7 @@ def load_model(
     # Under ZeRO-3 those that no published layout of this model needed are kept as well, and it would be saved by them.
     model._weight_conversions = [names for names in model._weight_conversions if names.was_used()]
     model.name_or_path = model.config.name_or_path = checkpoint.public_name  # what an adapter names as its base
-    checkpoint.family.adapt(model)
+    checkpoint.family.adapt(model, checkpoint.image_processor)
     fuse(model, used_kernels(recipe))
     keep_less(model, recipe.memory)
     use_attention(model, recipe.memory.attention)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
-from PIL.Image import Image as Picture
+from PIL.Image import Resampling
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..data.template import QWEN2_VL, QWEN3_VL, Token
-from ..data.vision import Pixels, Size, Vision
+from ..data.vision import Pixels, Seen, Size, Vision, planes
 from ..recipe import MediaRecipe
 from .family import LLAMA_LAYERS, Family, Processing
+from .levels import see_levels
 
 BEGIN, PLACEHOLDER, END = Token("<|vision_start|>"), Token("<|image_pad|>"), Token("<|vision_end|>")
 
@@ -26,15 +29,23 @@ def vision(
 ) -> Vision:
     """How pictures enter: scaled to whole windows of patches within the processor's bounds, a token a window."""
     merge = config.vision_config.spatial_merge_size
-    each = merge**2
+    each, side, times = merge**2, processor.patch_size, processor.temporal_patch_size
+    resample = Resampling(processor.resample)
+
+    def scaled(size: Size) -> Size:
+        bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
+        height, width = smart_resize(size[1], size[0], side * processor.merge_size, *bounds)
+        return width, height
 
     def patches(size: Size) -> int:
-        width, height = size
-        return processor.get_number_of_image_patches(height, width, {})
+        width, height = scaled(size)
+        return (width // side) * (height // side)
 
-    def pixels(picture: Picture) -> Pixels:
-        made = processor([picture], return_tensors="np")
-        return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+    def pixels(picture: Seen) -> Pixels:
+        size = scaled(picture.size)
+        found = _windows(planes(picture.resize(size, resample)), side, processor.merge_size)
+        grid = np.array([[1, size[1] // side, size[0] // side]], dtype=np.int64)
+        return {"pixel_values": np.repeat(found, times, axis=2).reshape(len(found), -1), "image_grid_thw": grid}
 
     def own_positions(placeholders: np.ndarray, pictures: Sequence[Pixels]) -> np.ndarray:
         return positions(placeholders, [picture["image_grid_thw"][0] for picture in pictures], merge)
@@ -43,10 +54,18 @@ def vision(
         placeholder=PLACEHOLDER,
         tokens=lambda size: ((BEGIN, 1), (PLACEHOLDER, patches(size) // each), (END, 1)),
         patches=patches,
+        enough=scaled,
         pixels=pixels,
         positions=own_positions,
         facts=f"qwen_vl {merge} {processor.patch_size} {processor.merge_size} {processor.size}",
     )
+
+
+def _windows(image: np.ndarray, side: int, merge: int) -> np.ndarray:
+    """An image (3, H, W) as patches (N, 3, 1, side * side), those of a window one after the other, row by row."""
+    _, height, width = image.shape
+    windows = (height // side // merge, merge, side, width // side // merge, merge, side)
+    return image.reshape(3, *windows).transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3, 1, side * side)
 
 
 def positions(placeholders: np.ndarray, grids: Sequence[np.ndarray], merge: int) -> np.ndarray:
@@ -90,6 +109,7 @@ QWEN2 = Family(
     },
     processor=_processor,
     vision=vision,
+    adapt=partial(see_levels, colours=-2),
     hub=(QWEN2_VL,),
     tower_layers=lambda config: r"blocks\.\d+\.",
 )

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .levels import levels_of, look_up
 
 TOWER_PATCHES = 16_384
 """What goes through a tower at a time: enough to fill a GPU, and a bound on memory."""
@@ -30,15 +33,18 @@ def projected_at_a_time(patches: int) -> int:
     return max(1, PROJECTOR_PATCHES // patches)
 
 
-def see_a_few_at_a_time(model: PreTrainedModel, dimension: int, projector: str) -> None:
-    """Let a loaded model take its pictures so, where they lie along this dimension of its pixel_values (.., H, W).
+def see_a_few_at_a_time(model: PreTrainedModel, processor: BaseImageProcessor, dimension: int, projector: str) -> None:
+    """Let a loaded model take its pictures so, where they lie along this dimension of its pixel_values (.., 3, H, W).
+
+    As bytes they are in floating point (`levels.py`) a few at a time, too.
 
     Where layers are computed again, so is the named projector: what it keeps is wider than what it makes.
     """
     seeing: Any = model.model
     vision = seeing.config.vision_config
     most = at_a_time((vision.image_size // vision.patch_size) ** 2)
-    seeing.get_image_features = MethodType(partial(_features, dimension=dimension, most=most), seeing)
+    few = partial(_features, levels=levels_of(processor), dimension=dimension, most=most)
+    seeing.get_image_features = MethodType(few, seeing)
     module = getattr(seeing, projector)
     module.forward, module.computed_again = MethodType(_projected, module), False  # models/activations.py sets it
 
@@ -48,9 +54,12 @@ def _projected(self: Any, hidden: Tensor) -> Tensor:
     return checkpoint(stock, hidden, use_reentrant=False) if self.training and self.computed_again else stock(hidden)
 
 
-def _features(self: Any, pixel_values: Tensor, *args: Any, dimension: int, most: int, **kwargs: Any) -> Any:
+def _features(
+    self: Any, pixel_values: Tensor, *args: Any, levels: Tensor, dimension: int, most: int, **kwargs: Any
+) -> Any:
     stock = type(self).get_image_features
-    parts = [stock(self, part, *args, **kwargs) for part in pixel_values.split(most, dim=dimension)]
+    few = pixel_values.split(most, dim=dimension)
+    parts = [stock(self, look_up(part, levels), *args, **kwargs) for part in few]
     if len(parts) == 1:
         return parts[0]
     found = [part.pooler_output for part in parts]

@@ -168,6 +168,7 @@ class VisionCache:
     def _facts(self, base: PreTrainedModel) -> dict[str, Any]:
         """Everything besides a picture's content that its features depend on."""
         encoder, settings = self.pixels, self.recipe.media
+        makers = [*MAKERS, "simplejpeg"] if settings.backend == "fast" else MAKERS
         weights = sha256()
         for name, value in base.state_dict().items():
             if part_of(name, self.family) in self.kept_from:
@@ -182,8 +183,8 @@ class VisionCache:
             "kernels": used_kernels(self.recipe),
             "processor": self.checkpoint.image_processor.to_json_string(),
             "media": [settings.image_splitting, settings.max_image_size, encoder.max_image_size, encoder.vision.facts],
-            "pictures": media.RULES,
-            "versions": {"mantis_lite": __version__} | {name: version(name) for name in MAKERS},
+            "pictures": [media.RULES, settings.backend],
+            "versions": {"mantis_lite": __version__} | {name: version(name) for name in makers},
         }
 
     def _refuse_too_large(self, missing: Collection[Place]) -> None:
@@ -295,8 +296,8 @@ class _Open:
 
     def _open(self, sample: Sample, asked: list[tuple[str, Place]]) -> list[tuple[str, Opened | SampleError]]:
         images = [sample.images[place.picture] for _, place in asked]
-        pictures = self.encoder.frames.open(sample, self.encoder.max_image_size, images)
         vision = self.encoder.vision
+        pictures = self.encoder.frames.see(sample, self.encoder.max_image_size, vision.enough, images)
         return [(key, (p.size, vision.pixels(p))) for (key, _), p in zip(asked, pictures, strict=True)]
 
 

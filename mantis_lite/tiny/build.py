@@ -32,6 +32,8 @@ from ..data.sample import Image, Sample, Turn
 from ..data.template import LLAMA_3, Wrap, render
 from ..generate import answer
 from ..models.attention import use_attention
+from ..models.levels import levels_of, look_up
+from ..models.llava import LLAVA
 from ..models.llava import vision as llava_vision
 from ..recipe import MediaRecipe
 from . import layout, tasks
@@ -61,15 +63,17 @@ def build(out: Path) -> None:
     rng = random.Random(SEED)
     layout.write(out)
     config = LlavaConfig.from_pretrained(out)
-    vision = llava_vision(config, AutoImageProcessor.from_pretrained(out, backend="pil"), MediaRecipe(), ())
+    processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    vision = llava_vision(config, processor, MediaRecipe(), ())
     tokenizer = train_tokenizer(vision.wrap, rng)
     tokenizer.save(str(out / "tokenizer.json"))
     encoder = Encoder(tokenizer, LLAMA_3, vision, system="")
     model = LlavaForConditionalGeneration(config).float().to("cuda" if torch.cuda.is_available() else "cpu")
+    LLAVA.adapt(model, processor)
     use_attention(model, "segment")
 
     album = draw_album(PICTURES_OF_A_THING, rng)
-    learn_to_see(model, Seeing(album, encoder))
+    learn_to_see(model, Seeing(album, encoder), levels_of(processor))
     learn_to_answer(model, Exercises(album, encoder))
     model.cpu().half().save_pretrained(out)
     layout.write(out)  # once more: transformers writes its own version of these files beside the weights
@@ -149,13 +153,13 @@ class Exercises(Dataset):
         return collate([self.encoder.encode(to_sample(exercise, self.album, rng)) for exercise in exercises])
 
 
-def learn_to_see(model: LlavaForConditionalGeneration, steps: Seeing) -> None:
+def learn_to_see(model: LlavaForConditionalGeneration, steps: Seeing, levels: torch.Tensor) -> None:
     """Train the tower alone: colour and shape, read off the mean of the positions that the projector will read."""
     tower = model.model.vision_tower
     probe = torch.nn.Linear(model.config.vision_config.hidden_size, len(COLOURS) + len(SHAPES)).to(model.device)
 
     def loss(batch: Batch) -> torch.Tensor:
-        layers = tower(batch["pixels"], output_hidden_states=True).hidden_states
+        layers = tower(look_up(batch["pixels"], levels), output_hidden_states=True).hidden_states
         seen = probe(layers[model.config.vision_feature_layer].mean(dim=1))
         colour, shape = seen.split([len(COLOURS), len(SHAPES)], dim=1)
         return cross_entropy(colour, batch["colours"]) + cross_entropy(shape, batch["shapes"])
