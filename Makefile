@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-slow test-versions test-floor test-latest check bench bench-gpu bench-reliability tiny clean
+.PHONY: quickstart test test-all test-slow test-versions test-floor test-latest check bench bench-gpu bench-reliability peers bench-peers tiny clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,6 +74,13 @@ bench: .venv/installed
 bench-reliability: .venv/installed
 	$(BIN)/python -m benchmarks.reliability
 
+# Other trainers on the same rows, each in an environment of its own, about 2 GB; see benchmarks/peers/README.md.
+peers:
+	PYTHON=$(PYTHON) benchmarks/peers/install.sh
+
+bench-peers: .venv/installed
+	$(BIN)/python -m benchmarks.peers
+
 # On a machine with an NVIDIA GPU, in an environment that holds the package.
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu
@@ -82,4 +89,4 @@ tiny: .venv/installed
 	$(BIN)/python -m mantis_lite.tiny.build mantis_lite/tiny/checkpoint
 
 clean:
-	rm -rf .venv .venv-floor .venv-latest runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-latest .venv-peers runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
