@@ -16,7 +16,7 @@ from test_families import EACH_MEDIA, stock_batch
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
-from mantis_lite.contract import facts_of
+from mantis_lite.contract import facts_of, read_contract
 from mantis_lite.data.collate import collate
 from mantis_lite.data.dataset import pack_dataset
 from mantis_lite.data.media import UPRIGHT, open_image
@@ -35,7 +35,9 @@ from mantis_lite.models.levels import levels_of, look_up, look_up_patches
 from mantis_lite.models.llava import vision as llava_vision
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import MediaRecipe
+from mantis_lite.trained import open_trained
 from mantis_lite.training.resume import FREE, _changes
+from mantis_lite.training.run import train
 
 SIZES = [(84, 84), (28, 28), (64, 48), (37, 91), (200, 31), (29, 200), (97, 113), (16, 17), (301, 299)]
 ROW = chat("<image>See this <image>", "It is red", "More?", "No", images=(0, 1))
@@ -420,3 +422,18 @@ def test_another_backend_is_another_path_of_the_data(checkpoint_of):
     assert change == 'media.backend: "pil" before, "fast" now' and not change.startswith(FREE)
     checkpoint = checkpoint_of("llava")
     assert [facts_of(checkpoint, checkpoint.encoder(each)).backend for each in (pil, fast)] == ["pil", "fast"]
+
+
+@needs_turbo
+def test_a_run_is_asked_as_it_was_trained(folder_of, tmp_path):
+    """JPEGs, in training and then; and pil in its place is refused."""
+    (tmp_path / "a.jpg").write_bytes(as_jpeg(drawn(301, 203)))
+    turns = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"images": ["a.jpg"], "messages": turns}] * 2))
+    made = {"data": str(tmp_path / "rows.json"), "run_dir": str(tmp_path / "run"), "media": {"backend": "fast"}}
+    train(recipe(folder_of("llava"), train={"max_steps": 1, "save_strategy": "no"}, **made))
+    opened = open_trained(tmp_path / "run")
+    assert opened.encoder.frames.media.backend == "fast"
+    assert read_contract(opened.adapter).facts.backend == "fast"
+    with pytest.raises(RecipeError, match="backend"):
+        open_trained(tmp_path / "run", ["media.backend=pil"])
