@@ -203,8 +203,8 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
     mean, most, over = (max(case[what] for case in off) for what in ("mean", "max", "share_over_2"))
     rows, row = loss["relative_difference_mean"], loss["largest"]
     yield f"Of 256 levels `fast` is off by {mean:.1f} on average at most: in the large photographs, which it decodes"
-    yield f"smaller, {over:.0%} of the bytes are off by more than 2; none anywhere by more than {most}. Tiny Mantis' loss on"
-    yield f"rows with two of the photographs is another by {rows:.1%} on average, by {row:.1%} at most."
+    yield f"smaller, {over:.0%} of the bytes are off by more than 2; none anywhere by more than {most}."
+    yield f"Tiny Mantis' loss on rows of two photographs is another by {rows:.1%} on average, by {row:.1%} at most."
 
 
 def main() -> None:

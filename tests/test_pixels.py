@@ -14,9 +14,9 @@ import torch
 from helpers import SHARED, chat, numbers_of, picture, recipe
 from test_families import EACH_MEDIA, stock_batch
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
-from mantis_lite.contract import facts_of
+from mantis_lite.contract import facts_of, read_contract
 from mantis_lite.data.collate import collate
 from mantis_lite.data.dataset import pack_dataset
 from mantis_lite.data.media import UPRIGHT, open_image
@@ -27,11 +27,17 @@ from mantis_lite.data.turbo import REDUCTIONS, Turbo, open_turbo
 from mantis_lite.data.vision import all_of_it
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.memory import bases
+from mantis_lite.memory.estimate import walk
+from mantis_lite.memory.ledger import BLOCK
+from mantis_lite.memory.packs import grids_of
+from mantis_lite.memory.step import Machine, Pack
 from mantis_lite.models.levels import levels_of, look_up, look_up_patches
 from mantis_lite.models.llava import vision as llava_vision
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import MediaRecipe
+from mantis_lite.trained import open_trained
 from mantis_lite.training.resume import FREE, _changes
+from mantis_lite.training.run import train
 
 SIZES = [(84, 84), (28, 28), (64, 48), (37, 91), (200, 31), (29, 200), (97, 113), (16, 17), (301, 299)]
 ROW = chat("<image>See this <image>", "It is red", "More?", "No", images=(0, 1))
@@ -69,20 +75,21 @@ def as_jpeg(image: PIL.Image.Image, **settings) -> bytes:
     return file.getvalue()
 
 
-def stock(processor, image: PIL.Image.Image, media: dict) -> list[np.ndarray]:
+def stock(processor, image: PIL.Image.Image) -> list[np.ndarray]:
     """What the published processor makes of a picture, in floating point; Fuyu's as it pads it, in one image."""
-    kind, settings = type(processor).__name__, {}
-    if "Idefics2" in kind:
-        settings = {"do_image_splitting": media.get("image_splitting", False), "do_pad": False}
-    elif "max_image_size" in media and ("Idefics3" in kind or "SmolVLM" in kind):
-        settings = {"size": {"longest_edge": media["max_image_size"]}}
-    if "image_splitting" in media:
-        settings["do_image_splitting"] = media["image_splitting"]
+    kind = type(processor).__name__
     if "Fuyu" in kind:
         return [np.asarray(processor([[image]])["images"][0][0])]
     if "Idefics" in kind or "SmolVLM" in kind:
-        return list(processor([[image]], **settings)["pixel_values"][0])
+        return list(processor([[image]], do_pad="Idefics2" not in kind)["pixel_values"][0])
     return list(processor([image], return_tensors="np")["pixel_values"])
+
+
+def told(folder, family, config, media: dict):
+    """The published processor, told of media settings as a plain client's is."""
+    return AutoImageProcessor.from_pretrained(
+        folder, backend="pil", **family.processor(config, MediaRecipe(**media)).images
+    )
 
 
 def ours(processor, pixels: dict[str, np.ndarray], stock: list[np.ndarray], size: tuple[int, int]) -> list[np.ndarray]:
@@ -104,16 +111,15 @@ def ours(processor, pixels: dict[str, np.ndarray], stock: list[np.ndarray], size
 
 @pytest.mark.parametrize(("name", "media"), EACH_MEDIA, ids=str)
 def test_bytes_are_the_processors_numbers(checkpoint_of, name, media):
-    if name == "fuyu" and "max_image_size" in media:
-        pytest.skip("its cap is ours, or scales a picture before")
-    checkpoint, processor = checkpoint_of(name), checkpoint_of(name).image_processor
+    checkpoint = checkpoint_of(name)
     encoder = checkpoint.encoder(recipe(media=media))
+    processor = told(checkpoint.folder, checkpoint.family, checkpoint.config, media)
     for size in SIZES:
         image = noise(*size)
         if encoder.max_image_size:
             image = open_image(Image(picture(size[0], *size)), WHERE, encoder.max_image_size)
         pixels = encoder.vision.pixels(image)
-        expected = stock(processor, image, media)
+        expected = stock(processor, image)
         found = ours(processor, pixels, expected, image.size)
         assert len(found) == len(expected), size
         for one, other in zip(found, expected, strict=True):
@@ -121,11 +127,12 @@ def test_bytes_are_the_processors_numbers(checkpoint_of, name, media):
 
 
 @pytest.mark.parametrize("file", sorted(bases.FOLDER.glob("*.json")), ids=lambda file: file.stem)
-def test_so_they_are_as_published(file):
-    base = bases.find_base(file.stem.replace("--", "/"))
-    processor, image = base.image_processor, drawn(509, 331)
+def test_so_they_are_as_published(file, tmp_path):
+    base, image = bases.find_base(file.stem.replace("--", "/")), drawn(509, 331)
+    base.image_processor.save_pretrained(tmp_path)
     for media in ({}, {"image_splitting": True}) if base.family.splits else ({},):
-        expected = stock(processor, image, media)
+        processor = told(tmp_path, base.family, base.config, media)
+        expected = stock(processor, image)
         found = ours(processor, base.vision(MediaRecipe(**media)).pixels(image), expected, image.size)
         assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
 
@@ -136,7 +143,7 @@ def test_clip_cuts_out_the_middle():
     config = bases.find_base("TIGER-Lab/Mantis-8B-clip-llama3").config
     for size in [*SIZES, (57, 56), (113, 56), (56, 171)]:
         for image in (noise(*size), drawn(*size)):
-            (expected,) = stock(processor, image, {})
+            (expected,) = stock(processor, image)
             pixels = llava_vision(config, processor, MediaRecipe(), ()).pixels(image)
             assert np.array_equal(
                 look_up(torch.from_numpy(pixels["pixel_values"][0].copy()), levels_of(processor)), expected
@@ -179,7 +186,7 @@ def test_another_processor_of_a_llava_is_its_own_judge(checkpoint_of, tmp_path, 
         found = vision.pixels(noise(*size))["pixel_values"]
         assert found.dtype == np.uint8
         assert np.array_equal(
-            look_up(torch.from_numpy(found[0].copy()), levels_of(processor)), *stock(processor, noise(*size), {})
+            look_up(torch.from_numpy(found[0].copy()), levels_of(processor)), *stock(processor, noise(*size))
         )
 
 
@@ -205,10 +212,6 @@ def in_numbers(encoded, processor):
 def test_loss_and_gradients_are_those_of_numbers(checkpoint_of, model_of, family, dtype):
     checkpoint = checkpoint_of(family)
     encoder, model = checkpoint.encoder(recipe()), deepcopy(model_of(family)).to(dtype)
-    from mantis_lite.models.attention import use_attention
-
-    checkpoint.family.adapt(model, checkpoint.image_processor)  # of this copy, not of the one it was copied from
-    use_attention(model, "auto")
     encoded = encoder.encode(parse(ROW, "rows:1", None))
     found = []
     for sample in (encoded, in_numbers(encoded, checkpoint.image_processor)):
@@ -226,8 +229,6 @@ def test_loss_and_gradients_are_those_of_numbers(checkpoint_of, model_of, family
 
 
 def test_levels_are_no_weights(checkpoint_of, model_of, family):
-    from transformers import AutoModelForImageTextToText
-
     model = model_of(family)
     stock = AutoModelForImageTextToText.from_pretrained(checkpoint_of(family).folder)
     assert model.state_dict().keys() == stock.state_dict().keys()
@@ -261,6 +262,21 @@ def test_no_numbers_leave_a_worker(encoder_of, family):
         if array.dtype == np.uint8
     )
     assert 0 < sum(tensor.numel() for tensor in pictures) <= expected
+
+
+def test_an_estimate_counts_bytes(checkpoint_of, encoder_of, family):
+    """Those of the pictures on the card, once in a step and twice where those of another pack wait."""
+    checkpoint, encoder = checkpoint_of(family), encoder_of(family)
+    encoded = encoder.encode(parse(ROW, "rows:1", None))
+    sent = [t for value in encoder.vision.batch(encoded.pixels).values() for t in tensors_of(value)]
+    blocks = [-(-tensor.numel() // BLOCK) * BLOCK for tensor in sent if tensor.dtype == torch.uint8]
+    sizes = [PIL.Image.open(io.BytesIO(image["bytes"])).size for image in ROW["images"]]
+    grids = [each for size in sizes for each in grids_of(encoder.vision, size)]
+    shown = sum(map(encoder.vision.placeholders, sizes))
+    pack = Pack(len(encoded), len(encoded), 4, tuple(grids), shown=shown)
+    for waiting in (0, 1):
+        peaks = walk(checkpoint.config, recipe(), replace(pack, waiting=waiting), Machine(), checkpoint.family)
+        assert max(terms["pixels"] for terms in peaks.values()) == sum(blocks) * (1 + waiting)
 
 
 def test_the_stock_layout_is_no_bytes(checkpoint_of, model_of, encoder_of):
@@ -406,3 +422,18 @@ def test_another_backend_is_another_path_of_the_data(checkpoint_of):
     assert change == 'media.backend: "pil" before, "fast" now' and not change.startswith(FREE)
     checkpoint = checkpoint_of("llava")
     assert [facts_of(checkpoint, checkpoint.encoder(each)).backend for each in (pil, fast)] == ["pil", "fast"]
+
+
+@needs_turbo
+def test_a_run_is_asked_as_it_was_trained(folder_of, tmp_path):
+    """JPEGs, in training and then; and pil in its place is refused."""
+    (tmp_path / "a.jpg").write_bytes(as_jpeg(drawn(301, 203)))
+    turns = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"images": ["a.jpg"], "messages": turns}] * 2))
+    made = {"data": str(tmp_path / "rows.json"), "run_dir": str(tmp_path / "run"), "media": {"backend": "fast"}}
+    train(recipe(folder_of("llava"), train={"max_steps": 1, "save_strategy": "no"}, **made))
+    opened = open_trained(tmp_path / "run")
+    assert opened.encoder.frames.media.backend == "fast"
+    assert read_contract(opened.adapter).facts.backend == "fast"
+    with pytest.raises(RecipeError, match="backend"):
+        open_trained(tmp_path / "run", ["media.backend=pil"])

@@ -23,9 +23,7 @@ REDUCTIONS = (8, 4, 2, 1)
 COLOURS = ("YCbCr", "Gray")
 """JPEGs whose colours are turned into red, green and blue in one way; Pillow has the others."""
 
-MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
-if torch.__version__ >= "2.13":
-    MODES[Resampling.LANCZOS] = "lanczos"
+MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic", Resampling.LANCZOS: "lanczos"}
 """Filters that torch has for bytes, as Pillow's; the rest is left to Pillow."""
 
 
@@ -65,9 +63,8 @@ class Turbo:
         if shown == size:
             return Turbo(self.pixels, size)
         mode = MODES.get(Resampling(resample))
-        if mode is None:
-            scaled = PIL.Image.fromarray(self.pixels).resize(size, resample, (0, 0, *shown))
-            return Turbo(np.asarray(scaled), size)
+        if mode is None or (mode == "lanczos" and torch.__version__ < "2.13"):
+            return Turbo(np.array(PIL.Image.fromarray(self.pixels).resize(size, resample, (0, 0, *shown))), size)
         planes = torch.from_numpy(self.pixels).permute(2, 0, 1)[None]
         if shown == (width, height):
             found = interpolate(planes, size[::-1], mode=mode, antialias=True)

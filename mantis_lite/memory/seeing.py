@@ -94,10 +94,9 @@ def _llava(model: Any, machine: Machine, pack: Pack, ledger: Ledger) -> tuple[Te
         return _project(model.multi_modal_projector, hidden, machine), []
     pixels = _pixels(ledger, machine, pack, len(pack.grids), 3, vision.image_size, vision.image_size)
     for part in pixels.split(at_a_time(positions)):
+        numbers = look_up(part, _levels())
         with _grad(tower):
-            hidden = tower(look_up(part, _levels()), output_hidden_states=True).hidden_states[
-                config.vision_feature_layer
-            ]
+            hidden = tower(numbers, output_hidden_states=True).hidden_states[config.vision_feature_layer]
         found.append(_project(model.multi_modal_projector, hidden[:, 1:] if drops else hidden, machine))
     return torch.cat(found), []
 
