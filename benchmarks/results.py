@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FOLDER = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared/data"
 """Real rows and lengths, beside a checkout that has them."""
@@ -80,12 +82,13 @@ def installed(name: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The device, its software and the date."""
+    """The device, its software and the date, and how long this process has been at it."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "date": date.today().isoformat(),
+        "seconds": round(time.time() - psutil.Process().create_time()),
         "device": device,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -129,7 +129,8 @@ def loss(figures: Figures) -> Iterator[Row]:
         least = {"all supervised": 8, "18% supervised": 20}[name]
         held, words = found["memory"], f"{figures['vocabulary']:,} words, {name}"
         what = f"memory of full logits against the loss as trained, {held['tokens']:,} tokens of {words}"
-        yield Row(what, f"{held['times_less']:g} times", f"at least {least} times", held["times_less"] >= least)
+        row = Row(what, f"{held['times_less']:g} times", f"at least {least} times", held["times_less"] >= least)
+        yield row if held["tokens"] >= 8192 else Row(row.what, row.found)
         took = found["time"]
         yield at_least(f"time of the same, {took['tokens']:,} tokens", took["times_faster"], 1)
 
@@ -140,9 +141,12 @@ def startup(figures: Figures) -> Iterator[Row]:
     for name in ("import mantis_lite", "trl --help", "mantis-lite train --help"):
         yield Row(f"`{name}`", said(commands[name]["seconds"], " s"))
     rows = f"{checked['rows']:,} rows"
-    yield at_most(f"`check` of {rows}, nothing remembered", checked["check, cold"]["seconds"], 10, " s")
-    yield at_most(f"`check` of {rows}, the second time", checked["check, warm"]["seconds"], 1, " s")
-    yield at_most(f"preparing {rows}, the second time", checked["preparing again"]["seconds"], 1, " s")
+    for row in (
+        at_most(f"`check` of {rows}, nothing remembered", checked["check, cold"]["seconds"], 10, " s"),
+        at_most(f"`check` of {rows}, the second time", checked["check, warm"]["seconds"], 1, " s"),
+        at_most(f"preparing {rows}, the second time", checked["preparing again"]["seconds"], 1, " s"),
+    ):
+        yield row if checked["rows"] >= 10_000 else Row(row.what, row.found)
 
 
 def clips(figures: Figures) -> Iterator[Row]:
@@ -222,10 +226,10 @@ def read(folder: Path = results.FOLDER) -> dict[str, Figures]:
 
 INTRODUCTION = """# Benchmarks
 
-`make bench` runs these on the machine at hand, in a quarter of an hour on two idle cores, and then writes this page
-(`python -m benchmarks.table`). `python -m benchmarks.NAME` runs one of them; its docstring says what it does. Ways take
-turns, five times at least, and must give the same result, or there is none. A figure is the median of its turns (from
-the least to the most). Of two ways the quotient is taken turn by turn: only that means something on another machine."""
+`make bench` runs these on the machine at hand and then writes this page (`python -m benchmarks.table`); with
+`python -m benchmarks.NAME` one of them, whose docstring says what it does. Ways take turns, five times at least, and
+must give the same result, or there is none. A figure is the median of its turns (from the least to the most). Of two
+ways the quotient is taken turn by turn: only that means something on another machine."""
 
 OTHERS = """
 ## Others
@@ -241,7 +245,9 @@ def page(found: dict[str, Figures]) -> Iterator[str]:
     targets = [row for of in rows.values() for row in of if row.met is not None]
     yield INTRODUCTION
     yield ""
-    yield f"{sum(bool(row.met) for row in targets)} of {len(targets)} targets are met."
+    minutes = sum(taken.get("seconds", 0) for taken in found.values()) / 60
+    met = sum(bool(row.met) for row in targets)
+    yield f"{met} of {len(targets)} targets are met. What follows took {minutes:.0f} minutes in all."
     for name, of in rows.items():
         yield from section(name, of, found[name])
     yield OTHERS
@@ -269,7 +275,8 @@ def on(taken: Figures) -> str:
     named = ("torch", "transformers", "trl", "tokenizers", "numpy")
     versions = ", ".join(f"{name} {taken['versions'][name]}" for name in named)
     cores = f"{taken['cpu_threads']} thread{'s' * (taken['cpu_threads'] != 1)}"
-    return f"{taken['date']}, {taken['device']}, {cores}, Python {taken['python']}, {versions}"
+    took = f", in {taken['seconds']} s" if "seconds" in taken else ""
+    return f"{taken['date']}{took}, {taken['device']}, {cores}, Python {taken['python']}, {versions}"
 
 
 def plot(figures: Figures, path: Path) -> None:

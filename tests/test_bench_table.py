@@ -6,11 +6,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from mantis_lite.data.collate import collate
+from mantis_lite.data.encode import Encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import results, table
+from benchmarks import packed, planning, results, scaling, table
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
@@ -89,3 +94,39 @@ def spreads(figures, where):
             yield where, figures
         for key, value in figures.items():
             yield from spreads(value, f"{where}, {key}")
+
+
+def test_what_padding_and_cutting_take_is_counted():
+    """A row of 15 pictures and 560 tokens of text, 100 of them its answer, and five of 100 tokens."""
+    lengths, images = np.array([9_200, *[100] * 5]), np.array([15, *[0] * 5])
+    found = packed.wasted(lengths, images, np.array([100, *[50] * 5]))
+    assert (found["rows_that_are_cut"], found["pictures_cut"]) == (1, 1)
+    assert (found["supervised_tokens"], found["supervised_tokens_cut"]) == (350, 100)
+    beside = (8_192 + 300) / (4 * 8_192)  # in the batch of four that the long row is in, or in none
+    assert found["padding_of_batches_of_4"] in (pytest.approx(1 - beside, abs=1e-4), 0)
+    assert found["fill_of_packs"] == pytest.approx((8_192 + 500) / (2 * 8_192), abs=1e-4)
+
+
+def test_boundaries_and_a_mask_are_the_same_row():
+    samples = [Encoded(np.arange(length) + 5, np.arange(length)) for length in (3, 1, 4)]
+    mask = packed.masked(samples)["attention_mask"][0, 0].bool()
+    assert torch.equal(packed.seen(collate(samples)), mask)
+    assert mask.sum() == 6 + 1 + 10 and not mask[3, 2] and not mask[0, 1]
+
+
+@pytest.mark.parametrize("name", planning.OTHERS)
+def test_what_others_pack_with_holds_every_sample_once(name):
+    pack, _ = planning.OTHERS[name]
+    tokens = np.random.default_rng(0).integers(100, 3_000, 1_500)
+    packs = pack(tokens)
+    assert sorted(size for pack in packs for size in pack) == sorted(tokens.tolist())
+    assert max(map(sum, packs)) <= planning.MAX_LENGTH
+    assert len(planning.planner(tokens)) <= len(packs)
+
+
+def test_a_curve_is_linear_or_not():
+    seconds = {str(size): [size / 1000.0] * 5 for size in (1, 2, 4, 8)}
+    assert scaling.curve([1, 2, 4, 8], seconds, "things")["linear"]
+    squared = {str(size): [size * size / 1000.0] * 5 for size in (1, 2, 4, 8)}
+    found = scaling.curve([1, 2, 4, 8], squared, "things")
+    assert found["exponent"] == pytest.approx(2) and not found["linear"]
