@@ -59,16 +59,21 @@ test-floor test-latest: test-%: .venv-%/installed
 check: .venv/installed
 	$(BIN)/pre-commit run --all-files
 
+# Ways in turn on this machine, in about 14 minutes where its two cores are idle; then benchmarks/README.md.
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.preparation
-	$(BIN)/python -m benchmarks.shards
-	$(BIN)/python -m benchmarks.clips
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.packed
 	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.memory cpu
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.clips
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.zips
 	$(BIN)/python -m benchmarks.pictures
 	$(BIN)/python -m benchmarks.likelihood
+	$(BIN)/python -m benchmarks.table
 
 # The same faults to runs here and to those of transformers, in 40 minutes; traces system calls and fills a disk where it may.
 bench-reliability: .venv/installed

@@ -5,7 +5,8 @@
 Eight pictures spread evenly over each clip of a folder, without one the example clips, or where they are not here,
 clips drawn from a seed. All decode with one thread: `Clips.at_times`, with its process and the pipe from there, after a
 first call has started it; decoding every picture and turning every one into a Pillow image, as upstream does; and
-decoding every picture, with only the eight turned. Ratios are medians over the clips.
+decoding every picture, with only the eight turned. For each clip they take turns and must give the same pictures; what
+is reported is over the clips, of each clip's medians.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -25,10 +26,9 @@ from mantis_lite.data.clips import Clips
 
 from . import results
 
-EXAMPLES = Path(__file__).parents[2] / "shared/data/mantis-examples/chat_video/video"
+EXAMPLES = results.SHARED / "mantis-examples/chat_video/video"
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 PICTURES = 8
-REPEATS = 5
 
 
 def draw(folder: Path) -> None:
@@ -59,26 +59,29 @@ def whole(path: Path, indices: list[int], every: bool) -> list[Image.Image]:
     return found
 
 
-def median(call: Callable, *args) -> tuple[float, list[Image.Image]]:
-    """The median time of a call in ms, and what it returned."""
-    seconds = []
-    for _ in range(REPEATS):
-        begun = time.perf_counter()
-        found = call(*args)
-        seconds.append(time.perf_counter() - begun)
-    return 1000 * statistics.median(seconds), found
-
-
 def measure(clips: Clips, path: Path) -> dict[str, float]:
+    """Milliseconds of each way, and how many times as long the others take as single pictures."""
     found = clips.header(path, count=True)
-    header, _ = median(clips.header, path)
     indices = [at * found.frames // PICTURES for at in range(PICTURES)]
     times = [(at + 0.5) * found.seconds / found.frames for at in indices]
-    single, pictures = median(clips.at_times, path, times)
-    images, expected = median(whole, path, indices, True)
-    decoding, _ = median(whole, path, indices, False)
-    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in expected], path
-    return {"frames": found.frames, "header": header, "single": single, "images": images, "decoding": decoding}
+    ways: dict[str, Callable[[], Any]] = {
+        "header": lambda: clips.header(path),
+        "single": lambda: clips.at_times(path, times),
+        "images": lambda: whole(path, indices, True),
+        "decoding": lambda: whole(path, indices, False),
+    }
+
+    def same(returned: list[Any]) -> None:
+        single, *others = ([picture.tobytes() for picture in pictures] for pictures in returned[1:])
+        assert len(single) == PICTURES and all(other == single for other in others), path
+
+    seconds = results.interleaved(ways, same=same)
+    milliseconds = {name: 1000 * statistics.median(of) for name, of in seconds.items()}
+    against = {
+        f"{name} over single": statistics.median(results.quotients(seconds[name], seconds["single"]))
+        for name in ("images", "decoding")
+    }
+    return {"frames": found.frames} | milliseconds | against
 
 
 def main() -> None:
@@ -94,25 +97,21 @@ def main() -> None:
         measured = [measure(clips, path) for path in paths]
     clips.close()
 
-    def middle(key: str) -> float:
-        return round(statistics.median(clip[key] for clip in measured), 2)
+    def over(key: str) -> dict[str, float]:
+        return results.spread(clip[key] for clip in measured)
 
-    against = {kind: [clip[kind] / clip["single"] for clip in measured] for kind in ("images", "decoding")}
     figures = {
         "clips": len(measured),
         "drawn": folder == Path(drawn),
         "pictures_per_clip": PICTURES,
-        "frames_per_clip_median": middle("frames"),
-        "header_ms_median": middle("header"),
-        "single_pictures_ms_median": middle("single"),
-        "whole_clip_all_to_images_ms_median": middle("images"),
-        "whole_clip_decoding_ms_median": middle("decoding"),
-        "times_faster_than_all_to_images_median": round(statistics.median(against["images"]), 2),
-        "times_faster_than_all_to_images_min": round(min(against["images"]), 2),
-        "times_faster_than_all_to_images_max": round(max(against["images"]), 2),
-        "times_faster_than_decoding_median": round(statistics.median(against["decoding"]), 2),
-        "times_faster_than_decoding_min": round(min(against["decoding"]), 2),
-        "times_faster_than_decoding_max": round(max(against["decoding"]), 2),
+        "repeats": results.REPEATS,
+        "frames_per_clip": over("frames"),
+        "header_ms": over("header"),
+        "single_pictures_ms": over("single"),
+        "whole_clip_all_to_images_ms": over("images"),
+        "whole_clip_decoding_ms": over("decoding"),
+        "times_faster_than_all_to_images": over("images over single"),
+        "times_faster_than_decoding": over("decoding over single"),
     }
     for path, clip in zip(paths, measured, strict=True):
         print(path.name, {key: round(value, 1) for key, value in clip.items()})

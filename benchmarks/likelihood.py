@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def one_by_one(model: PreTrainedModel, encoder: Encoder, asked: Sequence[tuple[S
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=results.REPEATS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     chat = MantisChat("tiny")
@@ -100,22 +101,15 @@ def main() -> None:
         "explained": explained,
         "one_by_one": one_by_one,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.repeats):
-        found = {}
-        for name, way in ways.items():
-            begun = time.perf_counter()
-            found[name] = way(chat.model, chat.encoder, asked)
-            seconds[name].append(time.perf_counter() - begun)
-        np.testing.assert_allclose(found["once"], found["alone"], atol=1e-3)
-    per_second = {
-        name: {
-            kind: given.questions / float(of(times))
-            for kind, of in (("median", np.median), ("worst", max), ("best", min))
-        }
-        for name, times in seconds.items()
-    }
-    figures = {"questions": given.questions, "options": OPTIONS, "repeats": given.repeats, "a_second": per_second}
+
+    def same(found: list[Any]) -> None:
+        scores = dict(zip(ways, found, strict=True))
+        np.testing.assert_allclose(scores["once"], scores["alone"], atol=1e-3)
+
+    bound = {name: partial(way, chat.model, chat.encoder, asked) for name, way in ways.items()}
+    seconds = results.interleaved(bound, given.repeats, same)
+    per_second = {name: results.spread(given.questions / s for s in of) for name, of in seconds.items()}
+    figures = {"questions": given.questions, "options": OPTIONS, "a_second": per_second}
     print("\n".join(lines(figures)))
     results.write("likelihood", figures)
 
@@ -131,7 +125,7 @@ def lines(figures: dict) -> list[str]:
         "one_by_one": "answers written one by one, by transformers' generate",
     }
     rows = [
-        f"| {said[name]} | {of['median']:.1f} | {of['worst']:.1f} to {of['best']:.1f} |"
+        f"| {said[name]} | {of['median']:.1f} | {of['min']:.1f} to {of['max']:.1f} |"
         for name, of in figures["a_second"].items()
     ]
     return ["| way | questions a second, median | least to most |", "|---|---|---|", *rows]

@@ -1,13 +1,18 @@
-"""Reading, checking and measuring rows, against the tokenizer's own time on the same text; and a whole Mantis-Instruct.
+"""Reading, checking and measuring rows, against the tokenizer's own time on the same text, and against others' way.
 
-    python -m benchmarks.preparation [LENGTHS.npz]
+    python -m benchmarks.preparation
+    python -m benchmarks.preparation --whole [LENGTHS.npz]
 
-Distinct rows of seeded text, without pictures and with three of their own each; cold is a first start, warm a second
-one. Cold is paired, run by run, with one call of the tokenizer on the same prompts.
+Distinct rows of seeded text, without pictures and with three of their own each: a call of the tokenizer on all prompts,
+a first start (cold) and a second one (warm) take turns, and both starts must find the same lengths.
 
-Then rows with as much text, at four characters a token, and as many pictures as the file's samples have: 20,000 with
-pictures of their own, and all of them with pictures that they share. Each start is a process of its own: the first one
-and the next; and of the 20,000 one that is killed when half of the rows are measured, and the one that goes on from it.
+Others open each picture and run the model's processor on it and on the text, to know how many tokens a row has: as
+transformers', TRL's and LLaMA-Factory's do. Real rows, for a LLaVA of 576 tokens a picture; theirs is given the rows as
+they are, ours COPIES of each that differ in a word and have the same pictures. Both must find the same lengths.
+
+Whole are rows with as much text, at four characters a token, and as many pictures as the file's samples have: 20,000
+with pictures of their own, and all of them with pictures that they share. Each start is a process of its own: the first
+one and the next; and of the 20,000 one that is killed when half of the rows are measured, and the one that goes on.
 """
 
 from __future__ import annotations
@@ -16,28 +21,32 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
 from mantis_lite.data.chunks import workers_for
 from mantis_lite.data.encode import Encoder
 from mantis_lite.data.lengths import RECORD
+from mantis_lite.data.media import open_image
 from mantis_lite.data.prepare import Prepared, prepare
 from mantis_lite.data.prepared_files import open_prepared, save_prepared
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.recipe import Recipe, load_recipe
 
-from . import planning, results
+from . import planning, results, small_llava
 
-REPEATS = 5
+EXAMPLES = results.SHARED / "mantis-examples/chat/train.json"
+COPIES = 20
 SHARED_PICTURES = 2000
 OWN_PICTURES = 20_000
 """Rows that have pictures of their own."""
@@ -69,35 +78,117 @@ def run(recipe: Recipe, encoder: Encoder) -> Prepared:
     return prepare(recipe.data, recipe.packing, encoder)
 
 
-def measure(rows: int, images: int, model: str) -> dict[str, float]:
-    cold, warm, tokenizer = [], [], []
+class Starts:
+    """First and second starts: each first one with an empty cache of its own, in a folder."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, folder: Path) -> None:
+        self.recipe, self.encoder, self.folder = recipe, encoder, folder
+        self.caches = count()
+
+    def first(self) -> Prepared:
+        os.environ["MANTIS_LITE_CACHE"] = str(self.folder / f"cache-{next(self.caches)}")
+        return run(self.recipe, self.encoder)
+
+    def second(self) -> Prepared:
+        return run(self.recipe, self.encoder)
+
+
+def text_of(encoder: Encoder, sample: Any) -> str:
+    return "".join(piece.content for piece in encoder.render(sample) if type(piece.content) is str)
+
+
+def measure(rows: int, images: int, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = make_rows(Path(folder), rows, images)
         recipe = load_recipe("chat", [f"data={path}", f"model={model}"])
         encoder = open_checkpoint(recipe.model).encoder(recipe)
-        os.environ["MANTIS_LITE_CACHE"] = f"{folder}/cache"
-        samples = run(recipe, encoder).train
-        texts = ["".join(p.content for p in encoder.render(sample) if type(p.content) is str) for sample in samples]
-        for repeat in range(REPEATS):
-            os.environ["MANTIS_LITE_CACHE"] = f"{folder}/cache-{repeat}"
-            tokenizer.append(timed(encoder.tokenizer.encode_batch_fast, texts)[0])
-            seconds, first = timed(run, recipe, encoder)
-            cold.append(seconds)
-            seconds, second = timed(run, recipe, encoder)
-            warm.append(seconds)
-            assert (first.train.lengths == second.train.lengths).all()
-    ratios = [c / t for c, t in zip(cold, tokenizer, strict=True)]
+        starts = Starts(recipe, encoder, Path(folder))
+        samples = starts.first().train
+        texts = [text_of(encoder, sample) for sample in samples]
+        ways: dict[str, Callable[[], Any]] = {
+            "tokenizer": lambda: encoder.tokenizer.encode_batch_fast(texts),
+            "cold": starts.first,
+            "warm": starts.second,
+        }
+
+        def same(found: list[Any]) -> None:
+            tokens, *prepared = found
+            assert len(tokens) == rows and all((each.train.lengths == samples.lengths).all() for each in prepared)
+
+        seconds = results.interleaved(ways, same=same, warm=False)
     return {
         "rows": rows,
         "tokens_per_row": round(float(samples.lengths[:, 0].mean()), 1),
-        "tokenizer_seconds_median": round(statistics.median(tokenizer), 3),
-        "cold_seconds_median": round(statistics.median(cold), 3),
-        "cold_over_tokenizer_median": round(statistics.median(ratios), 3),
-        "cold_over_tokenizer_min": round(min(ratios), 3),
-        "cold_over_tokenizer_max": round(max(ratios), 3),
-        "warm_rows_per_second_median": round(rows / statistics.median(warm)),
-        "warm_rows_per_second_min": round(rows / max(warm)),
-        "warm_rows_per_second_max": round(rows / min(warm)),
+        "rows_per_second": {name: results.spread(rows / s for s in of) for name, of in seconds.items()},
+        "cold_over_tokenizer": results.spread(results.quotients(seconds["cold"], seconds["tokenizer"])),
+        "warm_seconds_of_10,000_rows": results.spread(10_000 * s / rows for s in seconds["warm"]),
+    }
+
+
+def copies(folder: Path) -> Path:
+    """The real rows so many times, each with a word of its own in its first turn; pictures as they are."""
+    rows = json.loads(EXAMPLES.read_text())
+    with (folder / "rows.jsonl").open("w") as file:
+        for copy in range(COPIES):
+            for row in rows:
+                first, *others = row["conversation"]
+                said = first | {"content": f"{first['content']} ({copy:03})"}
+                file.write(json.dumps(row | {"id": f"{row['id']}-{copy}", "conversation": [said, *others]}) + "\n")
+    return folder / "rows.jsonl"
+
+
+def opened(encoder: Encoder, processor: Any, samples: Sequence[Any]) -> list[int]:
+    """Tokens of each row as others count them: with its pictures opened, and made what the model is given."""
+    lengths = []
+    for sample in samples:
+        pictures = [open_image(image, sample) for image in sample.images]
+        parts = (piece.content for piece in encoder.render(sample))
+        text = "".join(part if isinstance(part, str) else encoder.vision.placeholder for part in parts)
+        made = processor(text=text, images=pictures or None, add_special_tokens=False)
+        lengths.append(len(made["input_ids"][0]))
+    return lengths
+
+
+def processor_of(model: Path) -> Any:
+    """transformers' own for the small model."""
+    image_processor = AutoImageProcessor.from_pretrained(model)
+    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return LlavaProcessor(image_processor, tokenizer, patch_size=small_llava.PATCH, **strategy)
+
+
+def against_others() -> dict[str, Any]:
+    """Rows a second of a first start, and of the way that opens pictures, on the real rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "model").mkdir()
+        small_llava.make(folder / "model")
+        source = f"{{path: {copies(folder)}, media_dir: {EXAMPLES.parent}}}"
+        settings = [f"data=[{source}]", f"model={folder}/model", "packing.max_length=32768"]
+        recipe = load_recipe("chat", settings)
+        encoder = open_checkpoint(recipe.model).encoder(recipe)
+        processor = processor_of(folder / "model")
+        starts = Starts(recipe, encoder, folder)
+        samples = starts.first().train
+        rows = len(samples) // COPIES
+        few = [samples[at] for at in range(rows)]
+        ways: dict[str, Callable[[], Any]] = {
+            "first start": starts.first,
+            "opened": lambda: opened(encoder, processor, few),
+        }
+
+        def same(found: list[Any]) -> None:
+            prepared, lengths = found
+            assert len(prepared.train) == COPIES * rows
+            assert prepared.train.lengths[:rows, 0].tolist() == lengths
+
+        seconds = results.interleaved(ways, same=same, warm=False)
+    each = {"first start": [s / (COPIES * rows) for s in seconds["first start"]]}
+    each["opened"] = [s / rows for s in seconds["opened"]]
+    return {
+        "rows": {"first start": COPIES * rows, "opened": rows},
+        "rows_per_second": {name: results.spread(1 / s for s in of) for name, of in each.items()},
+        "times_faster": results.spread(results.quotients(each["opened"], each["first start"])),
     }
 
 
@@ -197,24 +288,30 @@ def measure_whole(tokens: np.ndarray, images: np.ndarray, shared: bool, model: s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("lengths", type=Path, nargs="?")
-    parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--whole", type=int, help="only so many of the file's samples")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lengths", type=Path, nargs="?", default=planning.LENGTHS)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--whole", type=int, nargs="?", const=planning.ALL, help="rows of a whole data set, or fewer")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--prepare", help="only prepare these rows, and print what it took")
     args = parser.parse_args()
     if args.prepare:
         prepare_once(args.prepare, args.model)
         return
-    cases = (("text alone", 0), ("three pictures a row", 3))
-    figures: dict[str, Any] = {name: measure(args.rows, images, args.model) for name, images in cases}
-    tokens, images = (of[: args.whole] for of in planning.read(args.lengths))
-    own = slice(0, None, max(1, len(tokens) // OWN_PICTURES))  # from all subsets
-    figures["pictures of their own"] = measure_whole(tokens[own], images[own], False, args.model)
-    figures["a whole Mantis-Instruct"] = measure_whole(tokens, images, True, args.model)
+    figures: dict[str, Any] = {}
+    if args.whole:
+        tokens, images = (of[: args.whole] for of in planning.read(args.lengths))
+        own = slice(0, None, max(1, len(tokens) // OWN_PICTURES))  # from all subsets
+        figures["pictures of their own"] = measure_whole(tokens[own], images[own], False, args.model)
+        figures["a whole Mantis-Instruct"] = measure_whole(tokens, images, True, args.model)
+    else:
+        for name, images_a_row in (("text alone", 0), ("three pictures a row", 3)):
+            figures[name] = measure(args.rows, images_a_row, args.model)
+            print(name, figures[name], flush=True)
+        if EXAMPLES.is_file():
+            figures["against others"] = against_others()
     print(json.dumps(figures, indent=2))
-    results.write("preparation", figures)
+    results.write("preparation_whole" if args.whole else "preparation", figures)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""What a measurement was taken on, and where its figures go."""
+"""Ways that take turns, what was measured on what, and where the figures go."""
 
 from __future__ import annotations
 
 import json
 import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FOLDER = Path(__file__).parent / "results"
+SHARED = Path(__file__).parents[2] / "shared/data"
+"""Real rows and lengths, beside a checkout that has them."""
+REPEATS = 5
 PACKAGES = (
     "torch",
     "transformers",
@@ -25,7 +33,45 @@ PACKAGES = (
     "av",
     "numpy",
     "simplejpeg",
+    "matplotlib",
+    "binpacking",
 )
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]],
+    repeats: int = REPEATS,
+    same: Callable[[list[Any]], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each way, which take turns so many times; with `warm` once more before, which is left out.
+
+    `same` is given what they returned in each turn, in order, and raises where that is not the same.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(-1 if warm else 0, repeats):
+        found = []
+        for name, way in ways.items():
+            begun = clock()
+            found.append(way())
+            if turn >= 0:
+                seconds[name].append(clock() - begun)
+        if same is not None:
+            same(found)
+    return seconds
+
+
+def quotients(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Turn by turn: both were measured one after the other, when the machine was as busy."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, minimum and maximum, to four digits, and of how many."""
+    found = list(values)
+    edges = {"median": statistics.median(found), "min": min(found), "max": max(found)}
+    return {name: float(f"{value:.4g}") for name, value in edges.items()} | {"n": len(found)}
 
 
 def installed(name: str) -> str | None:
@@ -37,12 +83,13 @@ def installed(name: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The device, its software and the date."""
+    """The device, its software and the date, and how long this process has been at it."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "date": date.today().isoformat(),
+        "seconds": round(time.time() - psutil.Process().create_time()),
         "device": device,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -3,10 +3,10 @@
     python -m benchmarks.shards
 
 Distinct rows of seeded text with two JPEGs of 640 x 480 each, for the tiny model. Preparing is timed with the lengths
-remembered from before, each engine in a folder of its own, from its start to its end, with what its processes import.
-Reading is what packs cost before the model has them: the first READ rows of an epoch, in its order, to tensors, in one
-process; over HTTP from a server on loopback with an empty cache. The places take turns, REPEATS times: least, median
-and most.
+remembered from before, each engine in a folder of its own, from its start to its end, with what its processes import;
+all must write the same files. Reading is what packs cost before the model has them: the rows of an epoch, in its order,
+to tensors, in one process, which must be the same; over HTTP from a server on loopback with an empty cache. Engines
+take turns, and then places.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import statistics
 import tempfile
 import threading
 import time
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,8 +35,7 @@ from mantis_lite.sharding import shard
 from . import results
 from .preparation import make_rows, timed
 
-SHARD = 4 * 10**6
-READ, REPEATS = 200, 5
+SHARD = 10**6
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -60,20 +59,26 @@ def prepared(data: str, to: Path, engine: str, workers: int, layout: str) -> flo
     return timed(shard, recipe, str(to), engine, layout, SHARD, workers)[0]
 
 
-def read(data: str) -> float:
-    """Rows a second that are made tensors."""
+def read(data: str) -> tuple[float, list[int]]:
+    """Rows a second that are made tensors, and what they are, in any order."""
     recipe = load_recipe("chat", ["model=tiny", f"data={data}", "data.cache_size=1GB"])
     encoder = open_checkpoint(recipe.model).encoder(recipe)
     samples = prepare(recipe.data, recipe.packing, encoder).train
-    order = [index for pack in pack_epoch(samples, recipe.packing) for index in pack][:READ]
+    order = [index for pack in pack_epoch(samples, recipe.packing) for index in pack]
     begun = time.perf_counter()
-    for index in order:
-        encoder.encode(samples[index])
-    return len(order) / (time.perf_counter() - begun)
+    encoded = [encoder.encode(samples[index]) for index in order]
+    seconds = time.perf_counter() - begun
+    arrays = [[each.input_ids, each.labels, *(picture["pixel_values"] for picture in each.pixels)] for each in encoded]
+    return len(order) / seconds, sorted(zlib.crc32(b"".join(array.tobytes() for array in of)) for of in arrays)
 
 
 def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The shards of a set: what they hold, by name."""
+    return {file.name: file.read_bytes() for file in folder.rglob("*.tar")}
 
 
 def measure(rows: int) -> dict[str, Any]:
@@ -89,36 +94,46 @@ def measure(rows: int) -> dict[str, Any]:
         cases = [("plain, 1 process", "plain", 1), ("plain, 2 processes", "plain", 2)]
         if importlib.util.find_spec("ray"):
             cases.append(("ray, 2 cores", "ray", 2))
-        for case, engine, workers in cases:
-            seconds = prepared(data, folder / case, engine, workers, "webdataset")
-            figures[f"prepared, {case}, rows_per_second"] = round(rows / seconds, 1)
+        speeds: dict[str, list[float]] = {case: [] for case, *_ in cases}
+        for repeat in range(results.REPEATS):
+            for case, engine, workers in cases:
+                to = folder / case / str(repeat)
+                speeds[case].append(rows / prepared(data, to, engine, workers, "webdataset"))
+                assert contents(to) == contents(folder / cases[0][0] / "0")
+        for case, found in speeds.items():
+            figures[f"prepared, {case}, rows_per_second"] = results.spread(found)
+        webdataset = folder / cases[0][0] / "0"
         prepared(data, folder / "parquet", "plain", 1, "parquet")
-        figures["bytes_of_webdataset"] = size_of(folder / cases[0][0])
+        figures["bytes_of_webdataset"] = size_of(webdataset)
         figures["bytes_of_parquet"] = size_of(folder / "parquet")
-        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder / cases[0][0])))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(webdataset)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         places = {
             "rows themselves": data,
-            "webdataset on disk": str(folder / cases[0][0]),
+            "webdataset on disk": str(webdataset),
             "parquet on disk": str(folder / "parquet"),
             "webdataset over http": f"http://127.0.0.1:{server.server_port}",
         }
         if importlib.util.find_spec("aiohttp") is None:
             del places["webdataset over http"]
-        speeds: dict[str, list[float]] = {place: [] for place in places}
-        for repeat in range(REPEATS):
+        speeds = {place: [] for place in places}
+        for repeat in range(results.REPEATS):
             os.environ["MANTIS_LITE_CACHE"] = f"{name}/cache-{repeat}"
+            sums = []
             for place, path in places.items():
-                speeds[place].append(round(read(path), 1))
+                speed, checksums = read(path)
+                speeds[place].append(speed)
+                sums.append(checksums)
+            assert all(each == sums[0] for each in sums)
         for place, found in speeds.items():
-            figures[f"read, {place}, rows_per_second"] = [min(found), statistics.median(found), max(found)]
+            figures[f"read, {place}, rows_per_second"] = results.spread(found)
         server.shutdown()
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=80)
     args = parser.parse_args()
     figures = measure(args.rows)
     print(figures)
