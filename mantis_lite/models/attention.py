@@ -159,11 +159,11 @@ class _Asked(NamedTuple):
 
 
 def _calls(query: Tensor, key: Tensor, value: Tensor, asked: _Asked) -> Tensor:
-    parts = []
     gqa = key.shape[1] != query.shape[1]
-    for start, end in pairwise(_numbers(asked.ends)):
-        mask = _band(end - start, asked.window, query.device)
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+    parts = []
+    # Split once, and not a slice at a time: the gradient of each slice would be as long as the pack.
+    for q, k, v in zip(*(x.split(_lengths(asked.ends), dim=2) for x in (query, key, value)), strict=True):
+        mask = _band(q.shape[2], asked.window, query.device)
         parts.append(
             scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=asked.scaling, enable_gqa=gqa)
         )
@@ -171,8 +171,8 @@ def _calls(query: Tensor, key: Tensor, value: Tensor, asked: _Asked) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # a pack's, for all layers: each time a GPU is asked for them, it must first have done all else
-def _numbers(ends: Tensor) -> list[int]:
-    return ends.tolist()
+def _lengths(ends: Tensor) -> list[int]:
+    return [end - start for start, end in pairwise(ends.tolist())]
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
