@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mantis_lite import tiny
-from mantis_lite.memory import standins
+from mantis_lite.memory import seeing, standins
 from mantis_lite.models import tower
 
 from . import results
@@ -254,8 +254,17 @@ def step_checkpoint(family: str, folder: Path) -> Path:
 
 @contextmanager
 def as_measured() -> Iterator[None]:
-    """What went through Idefics2's connector, and what tokens the loss took, at a time when GPUs were measured."""
-    with patch.object(tower, "PROJECTOR_PATCHES", 16_384), patch.object(standins, "GPU_TILE", 4_096):
+    """What Idefics2's connector and the loss took at a time, and pictures in float32, when GPUs were measured."""
+    import torch
+
+    def numbers(*where: Any) -> Any:
+        return seeing._come("pixels", torch.float32, *where)
+
+    with (
+        patch.object(tower, "PROJECTOR_PATCHES", 16_384),
+        patch.object(standins, "GPU_TILE", 4_096),
+        patch.object(seeing, "_pixels", numbers),
+    ):
         yield
 
 

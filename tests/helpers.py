@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mantis_lite.data import template as templates
-from mantis_lite.data.encode import Encoder
+from mantis_lite.data.encode import Encoded, Encoder
 from mantis_lite.data.template import Token, Wrap
 from mantis_lite.data.vision import Vision
 from mantis_lite.models.checkpoint import Checkpoint
@@ -83,6 +84,15 @@ def numbers_of(pixels: np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
         return np.stack([numbers_of(view, processor) for view in pixels])
     rescaled = processor.rescale(pixels, processor.rescale_factor)
     return np.ascontiguousarray(processor.normalize(rescaled, processor.image_mean, processor.image_std))
+
+
+def in_numbers(encoded: Encoded, processor: BaseImageProcessor) -> Encoded:
+    """The same sample with its pictures as plain clients give them: in floating point."""
+    made = [
+        {name: numbers_of(array, processor) if array.dtype == np.uint8 else array for name, array in pixels.items()}
+        for pixels in encoded.pixels
+    ]
+    return replace(encoded, pixels=made)
 
 
 def golden_pictures() -> dict[str, bytes]:

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 from families import FAMILIES, M_ROPE
-from helpers import chat, picture, recipe
+from helpers import chat, numbers_of, picture, recipe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -207,7 +207,8 @@ def stock_batch(checkpoint, encoder, row, media=None) -> dict:
     inputs = {"input_ids": torch.from_numpy(encoded.input_ids)[None]}
     pictures = [open_image(image, sample, encoder.max_image_size) for image in sample.images]
     if kind == "fuyu":  # its own processor takes one picture only
-        return inputs | encoder.vision.batch(encoded.pixels)
+        numbers = [{"patches": numbers_of(each["patches"], checkpoint.image_processor)} for each in encoded.pixels]
+        return inputs | encoder.vision.batch(numbers)
     processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
     nested = [pictures] if kind in ("idefics2", "idefics3", "smolvlm") else pictures
     settings = {"do_image_splitting": media["image_splitting"]} if "image_splitting" in media else {}

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SHARED, chat, numbers_of, picture, recipe
+from helpers import SHARED, chat, in_numbers, picture, recipe
 from test_families import EACH_MEDIA, stock_batch
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
@@ -197,15 +197,6 @@ def test_one_whose_numbers_are_no_levels_is_refused(checkpoint_of, tmp_path):
     processor = processor_of(tmp_path, size | padding)
     with pytest.raises(RecipeError, match="SiglipImageProcessorPil, whose numbers are not those of 256 levels"):
         llava_vision(checkpoint_of("llava").config, processor, MediaRecipe(), ())
-
-
-def in_numbers(encoded, processor):
-    """The same sample with its pictures as plain clients give them: in floating point."""
-    made = [
-        {name: numbers_of(array, processor) if array.dtype == np.uint8 else array for name, array in pixels.items()}
-        for pixels in encoded.pixels
-    ]
-    return replace(encoded, pixels=made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from fake_hub import FakeHub
 from families import FAMILIES
-from helpers import chat, numbers_of, picture, write_rows
+from helpers import chat, in_numbers, picture, write_rows
 from safetensors.torch import save_file
 
 from mantis_lite.chat import MantisChat
@@ -118,7 +117,8 @@ def says_the_same(alone, run: Path, folder: Path, scratch: Path) -> None:
     if ours.trained.checkpoint.config.model_type in ("llava", "idefics2", "idefics3"):
         found = alone("says", folder, pictures, TOKENS)
     else:  # their processors ask for packages that are not here; what these make of pictures, test_jinja.py compares
-        save_file(dict(_padded(ours.encoder, [encoded])), scratch / "inputs.safetensors")
+        plain = in_numbers(encoded, ours.trained.checkpoint.image_processor)
+        save_file(dict(_padded(ours.encoder, [plain])), scratch / "inputs.safetensors")
         found = alone("says", folder, scratch / "inputs.safetensors", TOKENS)
     assert found == expected
 
@@ -150,14 +150,10 @@ def test_a_head_is_a_layer_on_the_backbone(alone, folder_of, family, tmp_path):
     merge(run, tmp_path / "merged")
     opened = open_trained(run)
     encoded = opened.encoder.encode(Sample("s", None, (Turn("user", (Image(tmp_path / "1.png"), " how good?")),)))
-    inputs = dict(_padded(opened.encoder, [encoded]))
-    (pixels,) = (array for array in encoded.pixels[0].values() if array.dtype == np.uint8)
-    numbers = torch.from_numpy(numbers_of(pixels, opened.checkpoint.image_processor))
+    plain = in_numbers(encoded, opened.checkpoint.image_processor)
+    inputs = dict(_padded(opened.encoder, [plain]))
     if family == "idefics2":  # the stock layout, of one picture
-        inputs["pixel_values"] = numbers[None, None]
-    else:
-        name = next(name for name, value in inputs.items() if value.dtype == torch.uint8)
-        inputs[name] = numbers.view(inputs[name].shape)
+        inputs["pixel_values"] = torch.from_numpy(plain.pixels[0]["view 0"])[None, None]
     model = opened.load()
     batch = collate([encoded], opened.encoder.vision.batch)
     del batch["labels"]

@@ -97,10 +97,8 @@ def _refuse_other_numbers(processor: BaseImageProcessor) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     expected = processor([picture], input_data_format="channels_last")["pixel_values"][0]
     found = _by_processor(PIL.Image.fromarray(picture), processor)
-    if (
-        found.dtype != np.uint8
-        or not (look_up(torch.from_numpy(found), levels_of(processor)).numpy() == expected).all()
-    ):
+    numbers = look_up(torch.from_numpy(found), levels_of(processor)).numpy()
+    if found.dtype != np.uint8 or not np.array_equal(numbers, expected):
         name = type(processor).__name__
         raise RecipeError(
             f"model: its pictures are prepared by {name}, whose numbers are not those of 256 levels a colour\n"
