@@ -59,13 +59,12 @@ test-floor test-latest: test-%: .venv-%/installed
 check: .venv/installed
 	$(BIN)/pre-commit run --all-files
 
-# Ways in turn on this machine, in about 14 minutes where its two cores are idle; then benchmarks/README.md.
+# Ways in turn on this machine, within 15 minutes on two idle cores; then benchmarks/README.md, which says how long.
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.preparation
 	$(BIN)/python -m benchmarks.packed
 	$(BIN)/python -m benchmarks.loss
-	$(BIN)/python -m benchmarks.memory cpu
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.clips
 	$(BIN)/python -m benchmarks.scaling

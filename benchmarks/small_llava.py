@@ -60,6 +60,6 @@ def _learned(texts: Sequence[str]) -> Any:
     tokenizer = _tiny()
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    learning = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    learning: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=WORDS, **learning))
     return Tokenizer.from_str(tokenizer.to_str())  # until it is read again it names special tokens by their old ids

@@ -175,13 +175,6 @@ def scaling(figures: Figures) -> Iterator[Row]:
         yield Row(what, f"{curve['exponent']:.2f}", target, None if masked else curve["linear"])
 
 
-def memory(figures: Figures) -> Iterator[Row]:
-    if found := figures.get("cpu"):
-        error = found["mean_absolute_error"]
-        what = f"`fit`'s estimate of {len(found['cases'])} runs' memory on a CPU, mean error (a count, not a time)"
-        yield Row(what, percent(error), "at most 3%", error <= 0.03)
-
-
 def shards(figures: Figures) -> Iterator[Row]:
     for name, values in figures.items():
         if name.endswith("rows_per_second"):
@@ -207,7 +200,6 @@ ROWS: dict[str, tuple[str, Callable[[Figures], Iterator[Row]]]] = {
     "pictures": ("C3 and C4, pictures and their bytes", pictures),
     "packed": ("C5, C6 and C10, collating, packed steps, waste", packed),
     "loss": ("C7, the loss layer", loss),
-    "memory": ("C8, estimates of memory", memory),
     "startup": ("C9, starting", startup),
     "clips": ("C11, video", clips),
     "scaling": ("Scaling", scaling),
@@ -235,7 +227,8 @@ OTHERS = """
 ## Others
 
 `make bench-gpu` ([measured](../docs/measured.md)) and `make bench-reliability` ([reliability](../docs/reliability.md))
-have tables of their own. What takes longer is not part of `make bench`: `python -m benchmarks.planning --large`,
+have tables of their own, and `python -m benchmarks.memory` ([memory](../docs/memory.md#how-near-it-comes)) finds the
+same bytes on any machine. What takes longer is not part of `make bench`: `python -m benchmarks.planning --large`,
 `python -m benchmarks.preparation --whole`, `python -m benchmarks.reading`, `python -m benchmarks.merging`."""
 
 

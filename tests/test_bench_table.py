@@ -41,7 +41,7 @@ def test_the_plot_is_what_was_measured(tmp_path):
 @pytest.mark.skipif(not MAKEFILE.is_file(), reason="runs in a checkout")
 def test_what_make_bench_runs_has_rows_and_the_page_comes_last():
     *names, last = of_make_bench()
-    assert len(names) >= 11 and last == "table" and set(names) <= table.ROWS.keys()
+    assert len(names) >= 10 and last == "table" and set(names) <= table.ROWS.keys()
     for name in names:
         assert (
             results.FOLDER / f"{name}.json"
