@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", default=[])
     args = parser.parse_args()
+    if unknown := set(args.only) - {case.tool for case in CASES} - {case.name for case in CASES}:
+        parser.error(f"--only: no {' or '.join(sorted(unknown))} among {'; '.join(case.name for case in CASES)}")
     chosen = [case for case in CASES if not args.only or {case.tool, case.name} & set(args.only)]
     for tool in sorted({case.tool for case in chosen if not python(case.tool).exists()}):
         print(f"{tool} is left out: it has no environment; make peers")
