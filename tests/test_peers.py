@@ -135,6 +135,8 @@ def test_the_table_has_what_a_tool_says_that_does_not_train():
     assert found[0].endswith("; 39,424 parameters train. Median (lowest-highest) of 3 rounds.")
     assert found[-2].startswith("| mantis_lite 0.1.0 | 1 row | 4.00 (2.00-8.00) | 20.0 (10.0-40.0) |")
     assert found[-1] == '| ms-swift 4.6.0 | packing | does not train: "not here" | | | | | | |'
+    late = {"setting": SETTING, "cases": {"ours, 1 row": a_case(), "swift, packing": a_case() | {"says": "killed"}}}
+    assert 'does not train: "killed"' in list(table.lines(measured | {"figures": late}))[-1]
     assert len({line.count("|") for line in found[2:]}) == 1
 
 

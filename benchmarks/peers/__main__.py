@@ -36,7 +36,7 @@ def setting(folder: Path, count: int, threads: int, side: int = 384) -> dict[str
     write_model(folder / "model", [text for row in rows for _, text in wrapped(row)], side)
     lengths, labels = counted(folder)
     return {
-        "rows": count,
+        "rows": len(rows),
         "from": "Mantis' example rows" if EXAMPLES.exists() else "drawn rows",
         "pictures": sum(len(row.pictures) for row in rows),
         "tokens": sum(lengths),
@@ -90,6 +90,8 @@ def merged(told: dict[str, Any], found: dict[str, Any], file: Path) -> dict[str,
     """What was measured now, and of the other cases what was measured before in the same setting."""
     before = json.loads(file.read_text())["figures"] if file.exists() else {}
     kept = before.get("cases", {}) if before.get("setting") == told else {}
+    if gone := before.get("cases", {}).keys() - kept.keys() - found.keys():
+        print(f"measured in another setting, and no longer there: {'; '.join(sorted(gone))}")
     return {
         "setting": told,
         "cases": {case.name: (kept | found)[case.name] for case in CASES if case.name in kept | found},
@@ -106,12 +108,15 @@ def main() -> None:
     if unknown := set(args.only) - {case.tool for case in CASES} - {case.name for case in CASES}:
         parser.error(f"--only: no {' or '.join(sorted(unknown))} among {'; '.join(case.name for case in CASES)}")
     chosen = [case for case in CASES if not args.only or {case.tool, case.name} & set(args.only)]
-    for tool in sorted({case.tool for case in chosen if not python(case.tool).exists()}):
+    installed = [case for case in chosen if python(case.tool).exists()]
+    for tool in sorted({case.tool for case in chosen} - {case.tool for case in installed}):
         print(f"{tool} is left out: it has no environment; make peers")
+    if not installed:
+        parser.error("none of these has an environment; make peers")
     with tempfile.TemporaryDirectory() as name:
         os.environ["MANTIS_LITE_CACHE"] = f"{name}/cache"
         told = setting(Path(name), args.rows, args.threads)
-        found = measured([case for case in chosen if python(case.tool).exists()], Path(name), told, args.rounds)
+        found = measured(installed, Path(name), told, args.rounds)
     results.write("peers", merged(told, found, results.FOLDER / "peers.json"))
     table.write()
 

@@ -25,9 +25,9 @@ class Row:
 
 
 def real(number: int, file: Path = EXAMPLES) -> list[Row]:
-    """So many rows of Mantis' example data, evenly over the file."""
+    """So many rows of Mantis' example data, evenly over the file; all where it has no more."""
     rows = json.loads(file.read_text())
-    chosen = rows[:: len(rows) // number][:number]
+    chosen = rows[:: max(1, len(rows) // number)][:number]
     return [
         Row(
             [file.parent / name for name in row["images"]],

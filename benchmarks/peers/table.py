@@ -25,7 +25,7 @@ def lines(measured: dict[str, Any]) -> Iterator[str]:
     machine = f"{measured['device']}, {setting['threads']} threads, torch {measured['versions']['torch']}"
     tokens = f"{setting['tokens']:,} tokens, {setting['label_tokens']:,} of them in answers"
     rows = f"{setting['rows']} of {setting['from']} with {setting['pictures']} pictures, {tokens}"
-    whole = [case for case in cases.values() if case["rounds"]]
+    whole = [case for case in cases.values() if "says" not in case]
     trained = _each(f"{case['first']['trained']:,} parameters train" for case in whole)
     rounds = _each(f"{len(case['rounds'])} rounds" for case in whole)
     yield f"{measured['date']}, {machine}: {rows}; {trained}. Median (lowest-highest) of {rounds}."
@@ -77,7 +77,7 @@ def _each(values: Iterable[str]) -> str:
 
 def _row(case: Case, found: dict[str, Any], figures: dict[str, Any]) -> str:
     tool = f"{NAMES[case.tool]} {found.get('versions', {}).get(PACKAGES[case.tool], '')}".strip()
-    if not found["rounds"]:
+    if "says" in found:
         words = found["says"].partition(": ")[2] or found["says"]
         return f'| {tool} | {case.words} | does not train: "{words}" | | | | | | |'
     what = summary(found, figures["setting"])
