@@ -412,14 +412,14 @@ def test_lengths_that_cannot_be_kept_are_told_of(begun, tmp_path, caplog, monkey
 
 
 def test_the_best_checkpoint_is_kept_and_gone_back_to(begun, tmp_path):
-    """By the held-out loss, which a rate far too high makes worse."""
-    train = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "samples_per_step": 4, "save_total_limit": 1}
+    """By the held-out loss, which learning makes less: where more is better, the first steps are best."""
+    train = {"learning_rate": 0.02, "lr_scheduler_type": "constant", "samples_per_step": 4, "save_total_limit": 1}
     best = {"save_steps": 1, "load_best_model_at_end": True, "max_steps": 4, "metric_for_best_model": "eval_loss"}
     more = {"data": {"sources": begun["data"], "eval": 0.2}, "eval": {"every": 1}, "run_dir": str(tmp_path / "best")}
-    run = start(make_recipe(begun | more | {"train": train | best}))
+    run = start(make_recipe(begun | more | {"train": train | best | {"greater_is_better": True}}))
     folder = run.train()
-    losses = {log["step"]: log["eval_loss"] for log in logs_of(tmp_path / "best") if "eval_loss" in log}
-    best_step = min(losses, key=losses.get)
+    losses = {log["step"]: log["eval_loss"] for log in logs_of(tmp_path / "best") if "eval_loss" in log and log["step"]}
+    best_step = max(losses, key=losses.get)
     assert best_step < 4 and [step_of(path) for path in saved(tmp_path / "best")] == [4, best_step]
     best = tmp_path / f"best/checkpoint-{best_step}"
     kept, found = (load_file(path / "adapter_model.safetensors") for path in (best, folder))
