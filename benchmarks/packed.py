@@ -43,6 +43,7 @@ from transformers import AutoModelForImageTextToText
 from mantis_lite.data.collate import Batch, collate
 from mantis_lite.data.encode import IGNORE, Encoded, Encoder
 from mantis_lite.data.packing import Length, plan
+from mantis_lite.models.levels import levels_of, look_up
 from mantis_lite.recipe import load_recipe
 from mantis_lite.training.run import Run, start
 
@@ -127,12 +128,16 @@ def packs_of(samples: Sequence[Encoded]) -> list[list[Encoded]]:
     return [[samples[at] for at in pack] for pack in packs]
 
 
-def padded(samples: Sequence[Encoded], encoder: Encoder) -> Batch:
-    """Samples as the rows of a batch, filled up to the longest, as transformers' collators make it."""
+def padded(samples: Sequence[Encoded], encoder: Encoder, levels: torch.Tensor) -> Batch:
+    """Samples as the rows of a batch, filled up to the longest, as transformers' collators make it.
+
+    Its pictures are numbers, of which there are `levels`.
+    """
     ids, labels = ([torch.from_numpy(part) for part in parts] for parts in zip(*_parts(samples), strict=True))
     attended = [torch.ones(len(row), dtype=torch.long) for row in ids]
     pixels = [picture for sample in samples for picture in sample.pixels]
-    return encoder.vision.batch(pixels) | {
+    return {
+        "pixel_values": look_up(encoder.vision.batch(pixels)["pixel_values"], levels),
         "input_ids": pad_sequence(ids, batch_first=True).long(),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE).long(),
         "attention_mask": pad_sequence(attended, batch_first=True),
@@ -178,7 +183,8 @@ def steps(run: Run, stock: Any, samples: Sequence[Encoded]) -> dict[str, Any]:
 
     packs = [collate(pack, encoder.vision.batch) for pack in packs_of(samples)]
     single = [collate([sample], encoder.vision.batch) for sample in samples]
-    fours = [padded(samples[at : at + PADDED], encoder) for at in range(0, len(samples), PADDED)]
+    levels = levels_of(run.checkpoint.image_processor)
+    fours = [padded(samples[at : at + PADDED], encoder, levels) for at in range(0, len(samples), PADDED)]
     ways = {
         "packed": partial(descended, model, as_trained, packs),
         "one sample a row": partial(descended, model, as_trained, single),
