@@ -1,11 +1,14 @@
 """What is computed again or a tile at a time changes no gradient, and keeps less."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import chat, recipe
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.schema import parse
+from mantis_lite.models import activations
 from mantis_lite.models.activations import checkpointed_layers, decoder_layers
 from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.load import load_model
@@ -84,6 +87,27 @@ def test_dropout_is_the_same_when_a_tile_is_computed_again(checkpoint_of, encode
     assert one[0] == pytest.approx(two[0], abs=1e-6)
     for name, gradient in one[1].items():
         torch.testing.assert_close(two[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_long_row_goes_through_mlps_in_stretches(checkpoint_of, encoder_of, monkeypatch):
+    """On a CPU: the same loss and gradients, in a copy of the model as well, and not more tokens at once."""
+    sample = encoder_of("llava").encode(parse(chat("Hi", "word " * 40), "rows:1", None))
+    found = []
+    for stretch in (activations.CPU_STRETCH, 16):
+        monkeypatch.setattr(activations, "CPU_STRETCH", stretch)
+        model = deepcopy(
+            load_model(checkpoint_of("llava"), recipe(method="full", memory={"kernels": "off"}), dtype=torch.float32)
+        )
+        seen = []
+        for layer in decoder_layers(model):
+            layer.mlp.gate_proj.register_forward_hook(lambda _, given, out, seen=seen: seen.append(out.shape[1]))
+        loss = model(**collate([sample])).loss
+        loss.backward()
+        assert max(seen) == min(stretch, len(sample))
+        found.append((loss, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert len(found[0]) == len(found[1]) > 10
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_which_layers(checkpoint_of, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ..models.activations import checkpoint_layers, tile_mlps
+from ..models.activations import checkpoint_layers, split_mlps, tile_mlps
 from ..models.adapters import base_of
 from ..models.attention import use_attention
 from ..models.fused_lora import fuse_lora
@@ -82,6 +82,8 @@ def _prepare(base: Any, machine: Machine) -> None:
         checkpoint_layers(base, machine.checkpointed)
     if machine.mlp_tile:
         tile_mlps(base, machine.mlp_tile)
+    elif not machine.gpu:
+        split_mlps(base)
 
 
 def _decoder(base: Any) -> PreTrainedModel:

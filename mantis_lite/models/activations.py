@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..recipe import MemoryRecipe
-from .tiles import tile_mlp
+from .tiles import split_mlp, tile_mlp
+
+CPU_STRETCH = 1_024
+"""Tokens that an MLP sees at a time on a CPU, so that what it makes of them stays in its caches: packs are long."""
 
 
 def keep_less(model: PreTrainedModel, memory: MemoryRecipe) -> None:
@@ -20,6 +23,8 @@ def keep_less(model: PreTrainedModel, memory: MemoryRecipe) -> None:
         checkpoint_layers(model, layers)
     if memory.mlp_tile:
         tile_mlps(model, memory.mlp_tile)
+    elif not torch.cuda.is_available():
+        split_mlps(model)
 
 
 def checkpointed_layers(memory: MemoryRecipe, gpu: bool | None = None) -> int | None:
@@ -57,3 +62,9 @@ def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
     """Let the language model's MLPs see `tokens` at a time, and compute each stretch again in the backward pass."""
     for layer in decoder_layers(model):
         tile_mlp(layer.mlp, tokens)
+
+
+def split_mlps(model: PreTrainedModel) -> None:
+    """Let the language model's MLPs see CPU_STRETCH tokens at a time."""
+    for layer in decoder_layers(model):
+        split_mlp(layer.mlp, CPU_STRETCH)

@@ -1,4 +1,4 @@
-"""An MLP a stretch of tokens at a time, computed again in the backward pass: tiled MLP for long rows.
+"""An MLP a stretch of tokens at a time: for caches, or computed again in the backward pass, tiled MLP for long rows.
 
 MLPs are the widest layers: of a long row they hold more than everything else of a layer together (Arctic long sequence
 training, Bekman et al. 2025, https://arxiv.org/abs/2506.13996).
@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def split_mlp(mlp: Any, tokens: int) -> None:
+    """Let an MLP see `tokens` at a time of hidden states (1, T, H), and keep what it keeps."""
+    mlp.whole, mlp.at_a_time = mlp.forward, tokens
+    mlp.forward = MethodType(_split, mlp)  # and no closure: a copy of the model computes with its own weights
+
+
+def _split(self: Any, hidden: Tensor) -> Tensor:
+    if hidden.shape[1] <= self.at_a_time:
+        return self.whole(hidden)
+    return torch.cat([self.whole(stretch) for stretch in hidden.split(self.at_a_time, dim=1)], dim=1)
 
 
 def tile_mlp(mlp: Any, tokens: int) -> None:
