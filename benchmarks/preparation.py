@@ -290,7 +290,7 @@ def measure_whole(tokens: np.ndarray, images: np.ndarray, shared: bool, model: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lengths", type=Path, nargs="?", default=planning.LENGTHS)
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--whole", type=int, nargs="?", const=planning.ALL, help="rows of a whole data set, or fewer")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--prepare", help="only prepare these rows, and print what it took")

@@ -226,9 +226,10 @@ ways the quotient is taken turn by turn: only that means something on another ma
 OTHERS = """
 ## Others
 
-`make bench-gpu` ([measured](../docs/measured.md)) and `make bench-reliability` ([reliability](../docs/reliability.md))
-have tables of their own, and `python -m benchmarks.memory` ([memory](../docs/memory.md#how-near-it-comes)) finds the
-same bytes on any machine. What takes longer is not part of `make bench`: `python -m benchmarks.planning --large`,
+`make bench-peers` ([other trainers on the same rows](peers/README.md)), `make bench-gpu`
+([measured](../docs/measured.md)) and `make bench-reliability` ([reliability](../docs/reliability.md)) have tables of
+their own, and `python -m benchmarks.memory` ([memory](../docs/memory.md#how-near-it-comes)) finds the same bytes on any
+machine. What takes longer is not part of `make bench`: `python -m benchmarks.planning --large`,
 `python -m benchmarks.preparation --whole`, `python -m benchmarks.reading`, `python -m benchmarks.merging`."""
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,8 @@ class Kept(NamedTuple):
 
 MOST_WORKERS = 16
 """Processes that decode: the disk is the slowest then."""
+AT_A_TIME = 16
+"""Rows of which such a process tells together, at most."""
 Watch = Callable[[Iterable[SampleError | None], int], Iterable[SampleError | None]]
 """Takes what is found of each row, in turn, and how many there will be, and hands it on."""
 
@@ -102,10 +104,12 @@ def check(recipe: Recipe, decode: bool = True, watch: Watch = lambda found, tota
 def _sound(samples: Samples, encoder: Encoder, rejects: list[SampleError], watch: Watch) -> Samples:
     """Those whose pictures and clips can be decoded; what is wrong with the others joins `rejects`."""
     pictured = np.flatnonzero(samples.images)
-    rows = _Decoded(samples, pictured, encoder)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, MOST_WORKERS, len(pictured))
-    found: Iterable[SampleError | None] = DataLoader(rows, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    each = min(AT_A_TIME, 1 + len(pictured) // (4 * cores))  # of a few rows all processes have some
+    rows = _Decoded(samples, [pictured[at : at + each] for at in range(0, len(pictured), each)], encoder)
+    loaded: Iterable[list[SampleError | None]] = DataLoader(rows, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    found = chain.from_iterable(loaded)
     broken = []
     for at, error in zip(pictured, watch(found, len(pictured)), strict=True):
         if error is not None:
@@ -116,19 +120,22 @@ def _sound(samples: Samples, encoder: Encoder, rejects: list[SampleError], watch
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What decoding the pictures of each sample finds wrong."""
+    """What decoding the pictures of samples finds wrong with each, a few at a time."""
 
     samples: Samples
-    pictured: np.ndarray
+    few: list[np.ndarray]
     encoder: Encoder
 
     def __len__(self) -> int:
-        return len(self.pictured)
+        return len(self.few)
 
-    def __getitem__(self, at: int) -> SampleError | None:
+    def __getitem__(self, at: int) -> list[SampleError | None]:
+        return [self._fault(self.samples[index]) for index in self.few[at]]
+
+    def _fault(self, sample: Sample) -> SampleError | None:
         frames = self.encoder.frames
         try:
-            frames.open(frames.lay_out(self.samples[self.pictured[at]]), self.encoder.max_image_size)
+            frames.open(frames.lay_out(sample), self.encoder.max_image_size)
         except SampleError as error:
             return error
         return None
