@@ -1,4 +1,6 @@
-"""benchmarks/README.md and benchmarks/scaling.svg, of benchmarks/results/*.json: `python -m benchmarks.table`.
+"""benchmarks/README.md, benchmarks/scaling.svg and tables in docs/, of benchmarks/results/*.json.
+
+    python -m benchmarks.table
 
 Nothing in them is typed: tests hold the page to the results. A benchmark that has no results yet has no rows.
 """
@@ -6,12 +8,16 @@ Nothing in them is typed: tests hold the page to the results. A benchmark that h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+import benchmarks.likelihood
+import benchmarks.pictures
+import benchmarks.zips
 
 from . import results
 
@@ -290,9 +296,27 @@ def plot(figures: Figures, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
+TABLES: dict[str, tuple[str, Callable[[Figures], Iterable[str]]]] = {
+    "pictures": ("measured", benchmarks.pictures.lines),
+    "zips": ("mantis-instruct", benchmarks.zips.lines),
+    "likelihood": ("evaluation", benchmarks.likelihood.lines),
+}
+"""Results that a page of docs/ has a table of, which begins with its head and is as long as before."""
+
+
+def renew(page: Path, table: Sequence[str]) -> None:
+    """Write a table over the one with the same head."""
+    lines = page.read_text().split("\n")
+    at = lines.index(table[0])
+    page.write_text("\n".join([*lines[:at], *table, *lines[at + len(table) :]]))
+
+
 def main() -> None:
     found = read()
     PAGE.write_text("\n".join(page(found)) + "\n")
+    for name, (doc, lines) in TABLES.items():
+        if name in found:
+            renew(PAGE.parents[1] / f"docs/{doc}.md", list(lines(found[name]["figures"])))
     if "scaling" in found:
         plot(found["scaling"]["figures"], PLOT)
     print(PAGE)
