@@ -24,7 +24,11 @@ def split_mlp(mlp: Any, tokens: int) -> None:
 def _split(self: Any, hidden: Tensor) -> Tensor:
     if hidden.shape[1] <= self.at_a_time:
         return self.whole(hidden)
-    return torch.cat([self.whole(stretch) for stretch in hidden.split(self.at_a_time, dim=1)], dim=1)
+    return _in_stretches(self.whole, hidden, self.at_a_time)
+
+
+def _in_stretches(whole: Callable[[Tensor], Tensor], hidden: Tensor, tokens: int) -> Tensor:
+    return torch.cat([whole(stretch) for stretch in hidden.split(tokens, dim=1)], dim=1)
 
 
 def tile_mlp(mlp: Any, tokens: int) -> None:
@@ -36,7 +40,7 @@ def tile_mlp(mlp: Any, tokens: int) -> None:
             return whole(hidden)
         trained = [weight for weight in mlp.parameters() if weight.requires_grad]
         if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
-            return torch.cat([whole(stretch) for stretch in hidden.split(tokens, dim=1)], dim=1)
+            return _in_stretches(whole, hidden, tokens)
         kept = _Keep.apply(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
         return _Tiles.apply(kept, whole, tokens, trained, *trained)
 
@@ -72,7 +76,7 @@ class _Tiles(torch.autograd.Function):
     ) -> Tensor:
         ctx.node, ctx.whole, ctx.tokens, ctx.trained = kept.grad_fn, whole, tokens, trained
         ctx.again = _surroundings(kept.device)
-        return torch.cat([whole(stretch) for stretch in kept.split(tokens, dim=1)], dim=1)
+        return _in_stretches(whole, kept, tokens)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

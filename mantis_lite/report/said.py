@@ -140,11 +140,15 @@ def remembered(recipe: Recipe, quick: bool) -> Said | None:
 
 def _plain(recipe: Recipe) -> bool:
     """Whether a recipe's rows are in files of JSON here, with their pictures in folders, and its model is one."""
-    files = [source.path for source in recipe.data.sources]
-    files += [recipe.data.eval] if isinstance(recipe.data.eval, str) else []
     folders = [source.media_dir for source in recipe.data.sources if source.media_dir is not None]
-    json_here = all(Path(file).suffix in (".json", ".jsonl") and Path(file).is_file() for file in files)
+    json_here = all(Path(file).suffix in (".json", ".jsonl") and Path(file).is_file() for file in _rows(recipe))
     return json_here and all(map(os.path.isdir, folders)) and not recipe.data.urls and recipe.model.llm is None
+
+
+def _rows(recipe: Recipe) -> list[str]:
+    """Where a recipe's rows are: the sources, and what is held out, where it is a file."""
+    held_out = [recipe.data.eval] if isinstance(recipe.data.eval, str) else []
+    return [*(source.path for source in recipe.data.sources), *held_out]
 
 
 def _files(recipe: Recipe, found: Check) -> list[Seen] | None:
@@ -152,8 +156,7 @@ def _files(recipe: Recipe, found: Check) -> list[Seen] | None:
     from ..data.content import files_of
 
     folder = found.checkpoint.folder
-    paths = {*(source.path for source in recipe.data.sources), str(folder), *map(str, folder.iterdir())}
-    paths |= {recipe.data.eval} if isinstance(recipe.data.eval, str) else set()
+    paths = {*_rows(recipe), str(folder), *map(str, folder.iterdir())}
     if folder.parent.name == "snapshots":  # of the hub's cache, which may come to mean another commit
         paths |= {str(ref) for ref in (folder.parents[1] / "refs").rglob("*")}
     held_out = found.prepared.held_out
