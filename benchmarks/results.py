@@ -47,18 +47,20 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each way, which take turns so many times; with `warm` once more before, which is left out.
 
-    `same` is given what they returned in each turn, in order, and raises where that is not the same.
+    Each begins a turn in its turn, so that none has another's caches and memory always. `same` is given what they
+    returned in each turn, in the order of the ways, and raises where that is not the same.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(-1 if warm else 0, repeats):
-        found = []
-        for name, way in ways.items():
+        first = max(turn, 0) % len(ways)
+        found = {}
+        for name in [*ways][first:] + [*ways][:first]:
             begun = clock()
-            found.append(way())
+            found[name] = ways[name]()
             if turn >= 0:
                 seconds[name].append(clock() - begun)
         if same is not None:
-            same(found)
+            same([found[name] for name in ways])
     return seconds
 
 

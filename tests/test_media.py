@@ -241,17 +241,35 @@ def test_a_jpegs_size_is_the_same_without_pillow(a_jpeg, data):
         segment(0xE1, turned(6).tobytes()),
         segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='6'/>"),
         segment(0xFE, b"a comment"),
+        segment(0xFE, bytes(5_000)),
+        segment(0xC0, b"\x08"),
         b"\xff\xff",
     ]
     start, rest = encoded(fmt="JPEG")[:2], encoded(fmt="JPEG")[2:]
     content = start + b"".join(data.draw(st.lists(st.sampled_from(parts), max_size=3))) + rest
     a_jpeg.write_bytes(content)
-    assert size(Image(a_jpeg), sample_of()) == size(Image(content), sample_of()) == image_of(a_jpeg).size
+    try:
+        expected = image_of(content).size
+    except SampleError as error:
+        with pytest.raises(SampleError, match="cannot be read: .*") as found:
+            size(Image(a_jpeg), sample_of())
+        assert found.value.found.partition(" cannot")[2] == error.found.partition(" cannot")[2]
+    else:
+        assert size(Image(a_jpeg), sample_of()) == size(Image(content), sample_of()) == expected
 
 
-def test_a_jpegs_header_alone_says_its_size(tmp_path):
+@pytest.mark.parametrize("comments", [0, 1, 3])
+def test_a_jpegs_header_alone_says_its_size(comments, tmp_path):
+    """However far behind the file's beginning it stands."""
     content = saved(PIL.Image.fromarray(noise(200, 300)), "JPEG", exif=turned(6))
-    (tmp_path / "a.jpg").write_bytes(content[: content.index(b"\xff\xda") + 4])
+    head, tail = content[:2], content[2 : content.index(b"\xff\xda") + 4]
+    (tmp_path / "a.jpg").write_bytes(head + comments * segment(0xFE, bytes(65_000)) + tail)
+    assert size(Image(tmp_path / "a.jpg"), sample_of()) == (300, 200)
+
+
+def test_a_jpegs_size_is_found_behind_much_else(tmp_path):
+    content = saved(PIL.Image.fromarray(noise(200, 300)), "JPEG", exif=turned(6))
+    (tmp_path / "a.jpg").write_bytes(content[:2] + 5 * segment(0xFE, bytes(65_000)) + content[2:])
     assert size(Image(tmp_path / "a.jpg"), sample_of()) == (300, 200)
 
 

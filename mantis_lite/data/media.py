@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, NamedTuple
 from zipfile import BadZipFile
 
@@ -46,6 +48,12 @@ UPRIGHT = {
     8: Transpose.ROTATE_90,
 }
 """What to do with a picture by its EXIF orientation; from 5 on the sides change places."""
+
+JPEG_BEGIN, LONG_JPEG_BEGIN = 4 << 10, 256 << 10
+"""Bytes that are read of a JPEG to find its size: more, where a small picture of itself or colours come first."""
+
+SEGMENT, FRAME = struct.Struct(">BBH"), struct.Struct(">HH")
+"""What a part of a JPEG begins with: a mark, its kind, its length; and a picture's height and width."""
 
 BROKEN = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error),
@@ -177,36 +185,55 @@ def _orientation(exif: bytes) -> int:
 
 def _jpeg_size(source: Path | Zipped) -> tuple[int, int] | None:
     """A JPEG's size upright, in a fraction of Pillow's time; None where Pillow must look, or say what is wrong."""
-    if not str(source).lower().endswith((".jpg", ".jpeg")) or (isinstance(source, Path) and not source.is_file()):
+    if not str(source).lower().endswith((".jpg", ".jpeg")):
         return None
     try:
-        with stream(source) as file:
-            found = _jpeg_header(file) if file.read(2) == b"\xff\xd8" else None
+        begin = _begin(source, JPEG_BEGIN)
+        try:
+            found = _jpeg_header(begin)
+        except struct.error:
+            found = _jpeg_header(_begin(source, LONG_JPEG_BEGIN)) if len(begin) == JPEG_BEGIN else None
     except (OSError, EOFError, struct.error, zlib.error, BadZipFile):
         return None
     return None if found is None or not all(found) or unfit(found) else found
 
 
-def _jpeg_header(file: IO[bytes]) -> tuple[int, int] | None:
-    """The size upright from the segments in front of the pixels; None where they are not as in every JPEG."""
+def _begin(source: Path | Zipped, most: int) -> bytes:
+    """At most so many bytes that a picture's file begins with; none of what is no file. Raises OSError."""
+    if isinstance(source, Zipped):
+        with source.open() as file:
+            return file.read(most)
+    file_number = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe is else to wait for who writes to it
+    try:
+        return os.read(file_number, most) if S_ISREG(os.fstat(file_number).st_mode) else b""
+    finally:
+        os.close(file_number)
+
+
+def _jpeg_header(begin: bytes) -> tuple[int, int] | None:
+    """The size upright from the segments in front of the pixels; None where they are not as in every JPEG.
+
+    Raises struct.error where the pixels are further away.
+    """
+    if not begin.startswith(b"\xff\xd8"):
+        return None
     frames, exifs = [], []
+    at = 2
     while True:
-        mark, kind, length = struct.unpack(">BBH", file.read(4))
+        mark, kind, length = SEGMENT.unpack_from(begin, at)
         if mark != 0xFF or length < 2:
             return None
         if kind == 0xDA:  # the pixels
             break
         if kind & 0xF0 == 0xC0 and kind not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">xHH", file.read(length - 2))
-            frames.append((width, height))
-        elif kind == 0xE1:
-            segment = file.read(length - 2)
-            exifs += [segment] if segment.startswith(b"Exif\0\0") else []
-        else:
-            file.seek(length - 2, io.SEEK_CUR)
+            frames.append(FRAME.unpack_from(begin[at + 5 : at + 2 + length]))
+        elif kind == 0xE1 and begin.startswith(b"Exif\0\0", at + 4):
+            exifs.append(begin[at + 4 : at + 2 + length])
+        at += 2 + length
     if len(frames) != 1 or len(exifs) > 1:
         return None
-    return upright(frames[0], _orientation(exifs[0]) if exifs else 1)
+    height, width = frames[0]
+    return upright((width, height), _orientation(exifs[0]) if exifs else 1)
 
 
 def fitted(found: tuple[int, int], max_size: int | None) -> tuple[int, int]:

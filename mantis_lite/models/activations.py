@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..recipe import MemoryRecipe
 from .tiles import split_mlp, tile_mlp
 
-CPU_STRETCH = 1_024
+CPU_STRETCH = 512
 """Tokens that an MLP sees at a time on a CPU, so that what it makes of them stays in its caches: packs are long."""
 
 
