@@ -75,7 +75,8 @@ def test_ways_take_turns_and_must_agree():
 
     ways = {"a": lambda: way("a"), "b": lambda: way("b")}
     seconds = results.interleaved(ways, repeats=2, same=same)
-    assert order == ["a", "b", "a", "b", "b", "a"] and {name: len(of) for name, of in seconds.items()} == {
+    assert order == ["a", "b", "a", "b", "b", "a"]
+    assert {name: len(of) for name, of in seconds.items()} == {
         "a": 2,
         "b": 2,
     }

@@ -251,7 +251,7 @@ def test_a_jpegs_size_is_the_same_without_pillow(a_jpeg, data):
     try:
         expected = image_of(content).size
     except SampleError as error:
-        with pytest.raises(SampleError, match="cannot be read: .*") as found:
+        with pytest.raises(SampleError, match="cannot be read") as found:
             size(Image(a_jpeg), sample_of())
         assert found.value.found.partition(" cannot")[2] == error.found.partition(" cannot")[2]
     else:
