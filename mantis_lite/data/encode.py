@@ -251,23 +251,14 @@ class Encoder:
         except SampleError as error:
             return error
 
-    @cached_property
-    def _lengths(self) -> dict[Size, tuple[int, int]]:
-        """Tokens and patches of pictures by their sizes: those of many are of few."""
-        return {}
-
     def _pictures_length(self, sample: Sample) -> Measured | SampleError:
         tokens = patches = cut = 0
         images = sample.images
         try:
             for image in images:
                 size, more = media.header(image, sample, self.max_image_size)
-                length = self._lengths.get(size)
-                if length is None:
-                    length = len(self._picture_ids(sample, size)), self.vision.patches(size)
-                    self._lengths[size] = length
-                tokens += length[0]
-                patches += length[1]
+                tokens += len(self._picture_ids(sample, size))
+                patches += self.vision.patches(size)
                 cut += more
         except SampleError as error:
             return error
