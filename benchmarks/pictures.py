@@ -3,20 +3,20 @@
     python -m benchmarks.pictures [FOLDER]
 
 JPEGs of a folder, without one the example rows' photographs, or where they are not here, drawn ones. Three ways, in
-turn, each REPEATS times, of one core's own time: the published image processor (`stock`: Pillow, then numbers in
-float32), this package with `media.backend=pil`, and with `fast`. What `pil` makes is asserted to be the processor's
-numbers, to the bit. Of `fast` it is said how far its bytes are from these, and Tiny Mantis' loss. Bytes are of a sample
-of four pictures, the stock ones with the padding and the masks that the processor adds.
+turn, of one core's own time: the published image processor (`stock`: Pillow, then numbers in float32), this package
+with `media.backend=pil`, and with `fast`. What `pil` makes is asserted to be the processor's numbers, to the bit. Of
+`fast` it is said how far its bytes are from these, and Tiny Mantis' loss. Bytes are those of a sample of four pictures,
+in a batch of four: the stock ones with the padding and the masks that the processor adds.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +38,7 @@ from mantis_lite.recipe import MediaRecipe, load_recipe
 from . import results
 
 EXAMPLES = Path(__file__).parents[2] / "shared/data/mantis-examples/chat/train_images"
-REPEATS = 5
-A_SAMPLE = 4
+A_SAMPLE, A_BATCH = 4, 4
 LARGE = (1600, 1200)
 
 
@@ -80,15 +79,12 @@ def sample_of(files: Sequence[Path]) -> Sample:
     return Sample("rows:1", None, (Turn("user", tuple(map(Image, files))),))
 
 
-def stock(processor: Any, splitting: bool | None, samples: Sequence[Sample], **settings: Any) -> list[dict[str, Any]]:
-    """What the published processor makes of each sample's pictures."""
+def stock(processor: Any, splitting: bool | None, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What the published processor makes of a batch of samples' pictures."""
+    settings = {} if splitting is None else {"do_image_splitting": splitting}
+    pictures = [[media.open_image(image, sample) for image in sample.images] for sample in samples]
     nested = "Idefics" in type(processor).__name__
-    settings |= {} if splitting is None else {"do_image_splitting": splitting}
-    made = []
-    for sample in samples:
-        pictures = [media.open_image(image, sample) for image in sample.images]
-        made.append(dict(processor([pictures] if nested else pictures, return_tensors="np", **settings)))
-    return made
+    return dict(processor(pictures if nested else [*chain(*pictures)], return_tensors="np", **settings))
 
 
 def ours(vision: Vision, recipe: MediaRecipe, samples: Sequence[Sample]) -> list[list[Pixels]]:
@@ -123,40 +119,34 @@ def compare(case: Case, processor: Any, numbers: dict[str, Any], pil: list[Pixel
     return np.concatenate([np.abs(a.astype(np.int16) - b).ravel() for a, b in zip(views, near, strict=True)])
 
 
-def rate(work: Callable[[], object], pictures: int) -> float:
-    """Pictures a second of a core's own time."""
-    begun = time.process_time()
-    work()
-    return pictures / (time.process_time() - begun)
-
-
 def measure(case: Case, files: Sequence[Path]) -> dict[str, Any]:
     base, files = find_base(case.base), files[: case.pictures]
     processor = base.image_processor
     recipes = {backend: MediaRecipe(image_splitting=case.splitting, backend=backend) for backend in ("pil", "fast")}
     visions = {backend: base.vision(recipe) for backend, recipe in recipes.items()}
-    alone, together = [sample_of([file]) for file in files], sample_of(files[:A_SAMPLE])
-    ways = {"stock": lambda: stock(processor, case.splitting, alone)}
+    alone = [sample_of([file]) for file in files]
+    ways: dict[str, Callable[[], object]] = {
+        "stock": lambda: [stock(processor, case.splitting, [sample]) for sample in alone]
+    }
     ways |= {b: lambda b=b: ours(visions[b], recipes[b], alone) for b in recipes}  # type: ignore[misc]
-    (numbers,) = stock(processor, case.splitting, [together])
-    (pil,), (fast,) = (ours(visions[backend], recipes[backend], [together]) for backend in recipes)
-    off = compare(case, processor, numbers, pil, fast)
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(REPEATS):
-        for way, work in ways.items():
-            rates[way].append(rate(work, len(files)))
+    seconds = results.interleaved(ways, clock=time.process_time)
+    batch = [sample_of(np.roll(files, -A_SAMPLE * at)[:A_SAMPLE].tolist()) for at in range(A_BATCH)]
+    (pil, *others), (fast,) = (
+        ours(visions[backend], recipes[backend], some) for backend, some in (("pil", batch), ("fast", batch[:1]))
+    )
+    off = compare(case, processor, stock(processor, case.splitting, batch[:1]), pil, fast)
+    sizes = {
+        "stock": sent(stock(processor, case.splitting, batch)),
+        "ours": sent(visions["pil"].batch([*chain(pil, *others)])),
+    }
     return {
         "pictures": len(files),
         "megapixels_mean": round(float(np.mean([np.prod(PIL.Image.open(file).size) for file in files])) / 1e6, 2),
-        "per_second": {
-            way: {"median": round(statistics.median(each)), "min": round(min(each)), "max": round(max(each))}
-            for way, each in rates.items()
-        },
+        "per_second": {way: results.spread(len(files) / s for s in each) for way, each in seconds.items()},
         "times_stock": {
-            way: round(statistics.median(a / b for a, b in zip(rates[way], rates["stock"], strict=True)), 2)
-            for way in ("pil", "fast")
+            way: results.spread(results.quotients(seconds["stock"], seconds[way])) for way in ("pil", "fast")
         },
-        "bytes_of_a_sample": {"stock": sent(numbers), "ours": sent(visions["pil"].batch(pil))},
+        "bytes_of_a_sample": {way: size // A_BATCH for way, size in sizes.items()},
         "fast_off_by_levels": {
             "mean": round(float(off.mean()), 3),
             "max": int(off.max()),
@@ -194,10 +184,10 @@ def lines(figures: dict[str, Any]) -> Iterator[str]:
     yield "| pictures a second of a core | the processor | `pil` | `fast` | MB a sample: the processor's, ours |"
     yield "|---|---|---|---|---|"
     for name, case in figures["cases"].items():
-        rates = {way: each["median"] for way, each in case["per_second"].items()}
-        times = {way: f"{rates[way]:,} ({case['times_stock'][way]:.1f} x)" for way in ("pil", "fast")}
+        rates = {way: f"{each['median']:,.0f}" for way, each in case["per_second"].items()}
+        times = {way: f"{rates[way]} ({case['times_stock'][way]['median']:.1f} x)" for way in ("pil", "fast")}
         size = {way: f"{count / 1e6:.1f}" for way, count in case["bytes_of_a_sample"].items()}
-        yield f"| {name} | {rates['stock']:,} | {times['pil']} | {times['fast']} | {size['stock']}, {size['ours']} |"
+        yield f"| {name} | {rates['stock']} | {times['pil']} | {times['fast']} | {size['stock']}, {size['ours']} |"
     yield ""
     off, loss = [case["fast_off_by_levels"] for case in figures["cases"].values()], figures["loss"]
     mean, most, over = (max(case[what] for case in off) for what in ("mean", "max", "share_over_2"))

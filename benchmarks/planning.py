@@ -122,6 +122,12 @@ def planner(tokens: np.ndarray) -> Packs:
     return plan(np.stack([tokens, 0 * tokens], axis=1), Length(MAX_LENGTH, 0), seed=0)
 
 
+def ordered(tokens: np.ndarray) -> np.ndarray:
+    """A random order of samples, and then the longest first: what a plan over all of them begins with."""
+    order = np.random.default_rng(0).permutation(len(tokens))
+    return order[(MAX_LENGTH - tokens[order]).astype(np.uint16).argsort(kind="stable")]
+
+
 def trl(tokens: np.ndarray) -> list[list[int]]:
     """The lengths in each of TRL's packs; it takes tokens, and packs 1,000 rows of a data set at a time."""
     ends = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32)
@@ -175,15 +181,18 @@ OTHERS: dict[str, tuple[Callable[[np.ndarray], list[list[int]]], int]] = {
 
 
 def packers(path: Path | None) -> dict[str, Any]:
-    """All ways in turn at 576 tokens a picture: samples a second, how many times `plan` is faster, and the fill."""
+    """All ways in turn at 576 tokens a picture: samples a second, how many times `plan` is faster, and the fill.
+
+    And how long it takes to put all samples in order, with which a plan begins.
+    """
     tokens = samples_of(path, "576").lengths[:, 0]
     given = {name: tokens[:: len(tokens) // rows] for name, (_, rows) in OTHERS.items()}
-    ways: dict[str, Callable[[], Any]] = {"plan": lambda: planner(tokens)}
+    ways: dict[str, Callable[[], Any]] = {"plan": lambda: planner(tokens), "order": lambda: ordered(tokens)}
     ways |= {name: lambda pack=pack, name=name: pack(given[name]) for name, (pack, _) in OTHERS.items()}  # type: ignore[misc]
     counts: dict[str, int] = {}
 
     def sound(found: list[Any]) -> None:
-        own, *others = found
+        own, _, *others = found
         assert (np.bincount(own.members, minlength=len(tokens)) == 1).all() and own.sums(tokens).max() <= MAX_LENGTH
         for (name, sizes), packs in zip(given.items(), others, strict=True):
             assert sorted(size for pack in packs for size in pack) == sorted(sizes.tolist()), name
@@ -192,8 +201,9 @@ def packers(path: Path | None) -> dict[str, Any]:
         counts["plan"] = len(own)
 
     seconds = results.interleaved(ways, same=sound)
+    order = results.spread(seconds.pop("order"))
     each = {name: [s / len(given.get(name, tokens)) for s in found] for name, found in seconds.items()}
-    return {
+    measured = {
         name: {
             "samples": len(given.get(name, tokens)),
             "samples_per_second": results.spread(1 / s for s in each[name]),
@@ -202,6 +212,7 @@ def packers(path: Path | None) -> dict[str, Any]:
         }
         for name, count in counts.items()
     }
+    return {"packers": measured, "order_seconds": order}
 
 
 def planned(path: Path | None) -> dict[str, Any]:
@@ -254,7 +265,7 @@ def main() -> None:
         results.write("planning_large", large(asked.lengths, asked.rows))
     else:
         disable_progress_bars()
-        figures = {"plan": planned(asked.lengths), "packers": packers(asked.lengths)}
+        figures = {"plan": planned(asked.lengths)} | packers(asked.lengths)
         print(json.dumps(figures, indent=1))
         kinds = {kind: samples_of(asked.lengths, kind) for kind in KINDS}
         results.write("planning", figures | {"balance": balance.of_kinds(kinds)})

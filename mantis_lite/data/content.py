@@ -41,7 +41,7 @@ def content_of(sample: Sample) -> Content | None:
         parts = list(_parts(sample))
     except (OSError, ValueError):
         return None
-    labels = json.dumps(sample.labels, sort_keys=True, default=str).encode()
+    labels = b"null" if sample.labels is None else json.dumps(sample.labels, sort_keys=True, default=str).encode()
     here = [part if isinstance(part, bytes) else part.here for part in parts]
     anywhere = [part if isinstance(part, bytes) else part.anywhere for part in parts]
     return Content(_hash(here, 16), int.from_bytes(_hash([*anywhere, labels], 8), "little", signed=True))
@@ -90,5 +90,5 @@ def _of_file(path: Path) -> _File:
 
 
 def _hash(parts: list[bytes], size: int) -> bytes:
-    sizes = b",".join(b"%d" % len(part) for part in parts)  # so that no two ways of cutting the text agree
+    sizes = ",".join(map(str, map(len, parts))).encode()  # so that no two ways of cutting the text agree
     return blake2b(b"".join((sizes, b"\0", *parts)), digest_size=size).digest()
