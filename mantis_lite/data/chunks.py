@@ -166,8 +166,8 @@ class Chunks(Sequence[Read]):
                 if not self.drops:
                     faults[row] = error
                 continue
-            notices.update(sample.notices)
-            notices.update(self.encoder.frames.notices(sample, length))
+            for notice in (*sample.notices, *self.encoder.frames.notices(sample, length)):
+                notices[notice] += 1
             digest = content.digest if content else 0  # a file that came while it was looked for
             kept.append((source, row, (length.tokens, length.patches), length.images, digest))
             if of_row is not None:
@@ -178,13 +178,13 @@ class Chunks(Sequence[Read]):
 
 def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitError | None:
     """What to say of a sample that no pack can hold, or None."""
-    images = f"({length.images} images)"
     if length.tokens > packing.max_length:
-        found = f"needs {length.tokens:,} tokens {images}; packing.max_length is {packing.max_length:,}"
+        found = f"needs {length.tokens:,} tokens ({length.images} images); packing.max_length is {packing.max_length:,}"
         fewer = ", take fewer frames of a clip" if sample.videos else ""
         remedy = f"Raise packing.max_length{fewer}, or set data.oversize=drop."
     elif packing.max_patches and length.patches > packing.max_patches:
-        found = f"needs {length.patches:,} patches {images}; packing.max_patches is {packing.max_patches:,}"
+        held, most = f"{length.patches:,} patches ({length.images} images)", packing.max_patches
+        found = f"needs {held}; packing.max_patches is {most:,}"
         remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
     else:
         return None
