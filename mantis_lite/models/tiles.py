@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 def split_mlp(mlp: Any, tokens: int) -> None:
     """Let an MLP see `tokens` at a time of hidden states (1, T, H), and keep what it keeps."""
+    _replace_forward(mlp, tokens, _split)
+
+
+def tile_mlp(mlp: Any, tokens: int) -> None:
+    """As `split_mlp`, and keep nothing: each stretch is computed again in the backward pass."""
+    _replace_forward(mlp, tokens, _tiled)
+
+
+def _replace_forward(mlp: Any, tokens: int, forward: Callable[[Any, Tensor], Tensor]) -> None:
     mlp.whole, mlp.at_a_time = mlp.forward, tokens
-    mlp.forward = MethodType(_split, mlp)  # and no closure: a copy of the model computes with its own weights
+    mlp.forward = MethodType(forward, mlp)  # and no closure: a copy of the model computes with its own weights
 
 
 def _split(self: Any, hidden: Tensor) -> Tensor:
@@ -27,24 +36,16 @@ def _split(self: Any, hidden: Tensor) -> Tensor:
     return _in_stretches(self.whole, hidden, self.at_a_time)
 
 
+def _tiled(self: Any, hidden: Tensor) -> Tensor:
+    trained = [weight for weight in self.parameters() if weight.requires_grad]
+    if hidden.shape[1] <= self.at_a_time or not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
+        return _split(self, hidden)
+    kept = _Keep.apply(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
+    return _Tiles.apply(kept, self.whole, self.at_a_time, trained, *trained)
+
+
 def _in_stretches(whole: Callable[[Tensor], Tensor], hidden: Tensor, tokens: int) -> Tensor:
     return torch.cat([whole(stretch) for stretch in hidden.split(tokens, dim=1)], dim=1)
-
-
-def tile_mlp(mlp: Any, tokens: int) -> None:
-    """Let an MLP see `tokens` at a time of hidden states (1, T, H); no token sees another in it."""
-    whole = mlp.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        if hidden.shape[1] <= tokens:
-            return whole(hidden)
-        trained = [weight for weight in mlp.parameters() if weight.requires_grad]
-        if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
-            return _in_stretches(whole, hidden, tokens)
-        kept = _Keep.apply(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
-        return _Tiles.apply(kept, whole, tokens, trained, *trained)
-
-    mlp.forward = forward
 
 
 class _Keep(torch.autograd.Function):
