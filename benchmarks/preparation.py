@@ -3,8 +3,9 @@
     python -m benchmarks.preparation
     python -m benchmarks.preparation --whole [LENGTHS.npz]
 
-Distinct rows of seeded text, without pictures and with three of their own each: a call of the tokenizer on all prompts,
-a first start (cold) and a second one (warm) take turns, and both starts must find the same lengths.
+Distinct rows of seeded text, without pictures and with three of their own each: a call of the tokenizer on all prompts
+for how many tokens they have, a first start (cold) and a second one (warm) take turns, and both starts must find the
+same lengths.
 
 Others open each picture and run the model's processor on it and on the text, to know how many tokens a row has: as
 transformers', TRL's and LLaMA-Factory's do. Real rows, for a LLaVA of 576 tokens a picture; theirs is given the rows as
@@ -106,7 +107,7 @@ def measure(rows: int, images: int, model: str) -> dict[str, Any]:
         samples = starts.first().train
         texts = [text_of(encoder, sample) for sample in samples]
         ways: dict[str, Callable[[], Any]] = {
-            "tokenizer": lambda: encoder.tokenizer.encode_batch_fast(texts),
+            "tokenizer": lambda: [*map(len, encoder.tokenizer.encode_batch_fast(texts))],
             "cold": starts.first,
             "warm": starts.second,
         }
