@@ -141,14 +141,14 @@ def _best_fit(tokens: np.ndarray, units: np.ndarray, max_length: int) -> tuple[n
             if found is None:  # open as many packs as the rest of the run fills
                 room, left = max_length, PATCH_UNITS
                 each = min(room // max(size, 1), left // need if need else end - start)
-                ids = list(range(packs, packs + -(-(end - start) // each)))
+                ids = np.arange(packs, packs + -(-(end - start) // each))
                 packs += len(ids)
             else:
                 room, left = found
                 each = min(room // max(size, 1), left // need if need else end - start)
                 ids = rooms.take(room, left, -(-(end - start) // each))
             full, rest = divmod(min(end - start, each * len(ids)), each)
-            pack_of[start : start + full * each] = np.repeat(ids[:full], each)
+            pack_of[start : start + full * each] = ids[:full].repeat(each)
             rooms.put(room - each * size, left - each * need, ids[:full])
             start += full * each
             if rest:
@@ -163,7 +163,7 @@ class _Rooms:
 
     def __init__(self) -> None:
         self.bits: defaultdict[int, int] = defaultdict(int)
-        self.packs: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        self.packs: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
 
     def tightest(self, tokens: int, units: int) -> tuple[int, int] | None:
         """The least token room that holds `tokens`, among packs with `units` left; then the least units."""
@@ -175,15 +175,21 @@ class _Rooms:
                 found = candidate if found is None or candidate < found else found
         return found
 
-    def take(self, room: int, left: int, count: int) -> list[int]:
-        packs = self.packs[room, left]
-        taken = packs[-count:]
-        del packs[-count:]
-        if not packs:
+    def take(self, room: int, left: int, count: int) -> np.ndarray:
+        """The last `count` packs with this room, or all there are."""
+        held = self.packs[room, left]
+        taken = []
+        while held and count > 0:
+            ids = held.pop()
+            if len(ids) > count:
+                held.append(ids[:-count])
+            taken.append(ids[-count:])
+            count -= len(ids)
+        if not held:
             self.bits[left] ^= 1 << room
-        return taken
+        return taken[0] if len(taken) == 1 else np.concatenate(taken[::-1])
 
-    def put(self, room: int, left: int, packs: list[int]) -> None:
-        if packs and room:
-            self.packs[room, left] += packs
+    def put(self, room: int, left: int, packs: np.ndarray) -> None:
+        if len(packs) and room:
+            self.packs[room, left].append(packs)
             self.bits[left] |= 1 << room
