@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .cycles import no_cycle_collection
 from .process import prepare_process
 from .shown import (
     printable,
@@ -157,9 +158,10 @@ def check_command(
         typer.echo(f"As of {said.on}: no file that was read then has changed since.")
         return
     _offer_download(loaded)
-    prepare_process()
-    from .data.prepare import write_rejects
-    from .report.check import check
+    with no_cycle_collection():
+        prepare_process()
+        from .data.prepare import write_rejects
+        from .report.check import check
 
     found = check(loaded, not quick, _watched("decoding"))
     if output is not None:

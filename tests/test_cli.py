@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import chat, write_rows
 
+from mantis_lite.models.checkpoint import FAMILIES
 from mantis_lite.process import prepare_process
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,25 @@ def test_help_imports_no_torch(words):
     )
     done = subprocess.run([sys.executable, "-c", script.format(words)], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+TRAINS = {"peft", "bitsandbytes", "trl", "datasets", "mantis_lite.models.load", "mantis_lite.training"}
+"""What loads or trains a model, and what a data set of the hub is read by: seconds to import."""
+
+
+@pytest.mark.parametrize("more", [[], ["train.num_train_epochs=2"]], ids=["one epoch", "two epochs"])
+def test_check_imports_nothing_that_trains_and_no_model(tmp_path, more):
+    """With two epochs it says what a vision cache would take, too."""
+    rows = [chat("<image>what is it?", f"number {at}", images=(at,)) for at in range(3)]
+    script = (
+        "import sys; sys.argv[1:] = {!r}\ntry:\n    from mantis_lite.cli import main; main()\n"
+        "finally:\n    print([name for name in sys.modules if name in {!r} or name.split('.')[-1] in {!r}])"
+    )
+    models = [f"modeling_{kind}" for family in FAMILIES for kind in family.model_types]
+    words = ["check", "chat", f"data={write_rows(tmp_path / 'rows.jsonl', rows)}", "model=tiny", *more]
+    done = subprocess.run([sys.executable, "-c", script.format(words, TRAINS, models)], capture_output=True, text=True)
+    assert "3 rows read, 3 to train on" in done.stdout and ("vision cache: " in done.stdout) == bool(more), done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_misspelt_key_ends_in_2_and_names_the_right_one():
