@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .cycles import no_cycle_collection
-from .process import prepare_process
+from .process import leave, prepare_process
 from .shown import (
     printable,
     show_check,
@@ -603,6 +603,10 @@ def main() -> None:
         if _is_mine_to_say(error):
             typer.echo(printable(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(error.exit_code)
+    except SystemExit as ended:
+        if "mantis_lite.report.check" in sys.modules and isinstance(ended.code, int):  # it has closed what it opened
+            leave(ended.code)
+        raise
 
 
 def _is_mine_to_say(error: Exception) -> bool:

@@ -39,8 +39,9 @@ def test_check_imports_nothing_that_trains_and_no_model(tmp_path, more):
     """With two epochs it says what a vision cache would take, too."""
     rows = [chat("<image>what is it?", f"number {at}", images=(at,)) for at in range(3)]
     script = (
-        "import sys; sys.argv[1:] = {!r}\ntry:\n    from mantis_lite.cli import main; main()\n"
-        "finally:\n    print([name for name in sys.modules if name in {!r} or name.split('.')[-1] in {!r}])"
+        "import atexit, sys; sys.argv[1:] = {!r}\n@atexit.register\ndef told():\n"
+        "    print([name for name in sys.modules if name in {!r} or name.split('.')[-1] in {!r}])\n"
+        "from mantis_lite.cli import main; main()"
     )
     models = [f"modeling_{kind}" for family in FAMILIES for kind in family.model_types]
     words = ["check", "chat", f"data={write_rows(tmp_path / 'rows.jsonl', rows)}", "model=tiny", *more]
@@ -105,6 +106,19 @@ def test_a_bad_row_ends_in_3(data, llava_folder, tmp_path):
     done = run("train", "chat", f"data={bad}", f"model={llava_folder}", cwd=tmp_path)
     assert done.returncode == 3
     assert done.stderr.startswith('SampleError: bad.jsonl:1 (id "a"): "messages" is empty')
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["sound", "bad"])
+def test_check_ends_as_ever_though_it_leaves_its_memory(data, llava_folder, tmp_path, bad):
+    """All is printed, what was registered is called, and the exit code is right."""
+    rows = Path(data).read_text() + bad * '{"id": "a", "images": ["gone.png"], "messages": []}\n'
+    (Path(data).parent / "some.jsonl").write_text(rows)
+    words = ["check", "chat", f"data={Path(data).parent / 'some.jsonl'}", f"model={llava_folder}"]
+    script = f"import atexit, sys; sys.argv[1:] = {words}; atexit.register(print, 'called', end='')\n"
+    script += "from mantis_lite.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3 * bad, "") and f"{6 + bad} rows read" in done.stdout
+    assert done.stdout.endswith("called")
 
 
 @pytest.mark.slow
