@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .process import prepare_process
+from .cycles import no_cycle_collection
+from .process import leave, prepare_process
 from .shown import (
     printable,
     show_check,
@@ -157,9 +158,10 @@ def check_command(
         typer.echo(f"As of {said.on}: no file that was read then has changed since.")
         return
     _offer_download(loaded)
-    prepare_process()
-    from .data.prepare import write_rejects
-    from .report.check import check
+    with no_cycle_collection():
+        prepare_process()
+        from .data.prepare import write_rejects
+        from .report.check import check
 
     found = check(loaded, not quick, _watched("decoding"))
     if output is not None:
@@ -601,6 +603,10 @@ def main() -> None:
         if _is_mine_to_say(error):
             typer.echo(printable(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(error.exit_code)
+    except SystemExit as ended:
+        if "mantis_lite.report.check" in sys.modules and isinstance(ended.code, int):  # it has closed what it opened
+            leave(ended.code)
+        raise
 
 
 def _is_mine_to_say(error: Exception) -> bool:

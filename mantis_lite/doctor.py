@@ -24,7 +24,8 @@ from .memory.card import card_at_hand
 from .memory.estimate import GIB
 from .models import attention
 from .models.kernels import chosen_kernels
-from .models.load import loader_workers, working_dtype
+from .models.load import loader_workers
+from .models.precision import working_dtype
 from .secrets import VALUE
 from .self_test import Check, checked, self_test, tiny_recipe
 

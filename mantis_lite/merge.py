@@ -23,8 +23,8 @@ from .data.prepare import prepare
 from .data.sample import Image, Sample, Turn
 from .errors import CheckError, DataError, DiskError, RecipeError, one_line
 from .models.checkpoint import open_checkpoint
-from .models.load import working_dtype
 from .models.merging import Laid, combined, stand_in
+from .models.precision import working_dtype
 from .models.weights import room_for_names, weight_files, write_files
 from .plain_clients import write_settings, write_template
 from .recipe import ModelRecipe

@@ -1,10 +1,13 @@
-"""What a process is told before it trains or answers: of the libraries it stands on, and before they are imported."""
+"""What a process is told before it trains or answers, of the libraries it stands on; and how it ends."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 import warnings
+from typing import NoReturn
 
 
 def prepare_process() -> None:
@@ -25,6 +28,17 @@ def prepare_process() -> None:
     # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+
+
+def leave(code: int) -> NoReturn:
+    """End the process as `sys.exit` does, but leave its memory to the system, as mypy does (its `hard_exit`).
+
+    To take all objects of torch and transformers apart one by one takes more than a second.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_an_error(record: logging.LogRecord) -> bool:

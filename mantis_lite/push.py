@@ -25,9 +25,9 @@ from .contract import NAME, Contract, read_contract
 from .data.hub import is_name
 from .data.jinja import chat_template
 from .errors import MantisError, RecipeError, one_line
-from .models.adapter_config import check_tensors, open_tensors, read_settings
+from .models.adapter_config import check_tensors, read_settings
 from .models.upstream import CONFIG, WEIGHTS
-from .models.weights import INDEX, weight_files
+from .models.weights import INDEX, open_tensors, weight_files
 from .plain_clients import TEMPLATE
 from .secrets import refuse_secrets
 from .trained import RECIPE, Trained, is_run, open_trained

@@ -20,7 +20,7 @@ from .data.prepare import Prepared, Samples, read_rows, refuse_too_many, write_r
 from .data.schedule import pack_epoch
 from .errors import DataError, RecipeError, SampleError
 from .metrics import Metrics, draw_confusion, probabilities, score_metrics
-from .models.head import labels_of
+from .models.head_config import labels_of
 from .models.load import loader_workers, placed
 from .models.upstream import CONFIG
 from .recipe import Recipe

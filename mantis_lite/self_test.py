@@ -19,7 +19,7 @@ from .agreement import at_answers, logits_of
 from .data.collate import collate
 from .errors import CheckError, MantisError, one_line
 from .merge import merge
-from .models.load import working_dtype
+from .models.precision import working_dtype
 from .quickstart import read_samples
 from .recipe import Recipe, make_recipe
 from .tiny import tasks

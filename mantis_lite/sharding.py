@@ -20,7 +20,7 @@ from .data.shards import FORMAT, MANIFEST, PLAN, ShardRows
 from .engines import Engine, run
 from .errors import DataError, SampleError
 from .models.assemble import open_model
-from .models.load import stated_head
+from .models.head_config import stated_head
 from .recipe import Recipe
 from .shard_index import finish
 from .shard_job import Job, job_of, rows_per_shard, spec_of, write_shard

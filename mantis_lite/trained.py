@@ -17,9 +17,11 @@ from .data.encode import Encoder
 from .errors import RecipeError, one_line
 from .models.adapter_config import read_settings
 from .models.adapters import find_adapter, load_adapter, resized
-from .models.checkpoint import Checkpoint, find_folder, has_head, open_checkpoint, read_tokenizer
-from .models.head import labels_of, with_head
-from .models.load import load_model, read_config, working_dtype
+from .models.checkpoint import Checkpoint, find_folder, has_head, open_checkpoint, read_config, read_tokenizer
+from .models.head import with_head
+from .models.head_config import labels_of
+from .models.load import load_model
+from .models.precision import working_dtype
 from .models.small_files import read_small
 from .models.upstream import CONFIG
 from .plain_clients import stops

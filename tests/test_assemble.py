@@ -22,9 +22,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mantis_lite.data.lengths import cache_dir
 from mantis_lite.errors import DiskError, RecipeError
-from mantis_lite.models import assemble
-from mantis_lite.models.assemble import open_model, with_weights
+from mantis_lite.models import joining
+from mantis_lite.models.assemble import open_model
 from mantis_lite.models.checkpoint import open_checkpoint
+from mantis_lite.models.joining import with_weights
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe import ModelRecipe
 
@@ -191,7 +192,7 @@ def child(work) -> multiprocessing.Process:
 
 def test_killed_before_its_end_it_is_made_anew(halves):
     def killed():
-        assemble.sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # all is written, and nothing renamed
+        joining.sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # all is written, and nothing renamed
         put_together(halves)
 
     process = child(killed)
@@ -207,14 +208,14 @@ def test_killed_before_its_end_it_is_made_anew(halves):
 
 def test_of_several_at_once_one_writes_and_the_others_wait(halves, tmp_path):
     context = multiprocessing.get_context("fork")
-    together, write = context.Barrier(4), assemble._write
+    together, write = context.Barrier(4), joining._write
 
     def told(*given):
         (tmp_path / f"wrote-{os.getpid()}").touch()
         write(*given)
 
     def work():
-        assemble._write = told
+        joining._write = told
         together.wait()
         (tmp_path / f"found-{os.getpid()}").write_text(str(load_model(put_together(halves), recipe()).dtype))
 
@@ -311,7 +312,8 @@ def test_what_is_refused(copied, fault):
 PULLS = """
 import json
 from mantis_lite.errors import RecipeError
-from mantis_lite.models.assemble import open_model, with_weights
+from mantis_lite.models.assemble import open_model
+from mantis_lite.models.joining import with_weights
 from mantis_lite.recipe import ModelRecipe
 found = open_model(ModelRecipe(llm="ann/Llama-3-tiny@main", vision="ann/tower"))
 input()

@@ -1,11 +1,17 @@
 """What `check` lists besides single rows: sources, labels, what no pack holds, held-out rows, files of one name."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 from helpers import chat, recipe, write_rows
 
+from mantis_lite.data import media
+from mantis_lite.data.prepare import prepare
+from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.report.check import check
+from mantis_lite.report.decoding import Decoded
 
 
 @pytest.fixture
@@ -27,6 +33,57 @@ def rows_of(*texts: str, picture: bool = False) -> list[dict]:
 
 def cut(tmp_path, name: str) -> None:
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-600])
+
+
+def sharing(tmp_path, *rows: tuple[int, ...]) -> str:
+    """Rows that have these of three pictures, which lie there once."""
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [chat("<image>" * 3, "all", images=(0, 1, 2))])
+    lines = [
+        chat("<image>" * len(own), "some", id=f"number {at}") | {"images": [f"rows-0-{n}.png" for n in own]}
+        for at, own in enumerate(rows, 1)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+SHARED = [(0,), (0, 1), (1,), (2, 0), (0, 2, 1), (2,)]
+
+
+def test_a_broken_picture_is_a_fault_of_each_row_that_has_it(checked, tmp_path):
+    path = sharing(tmp_path, *SHARED)
+    cut(tmp_path, "rows-0-1.png")
+    found = checked(path)
+    assert [*found] == ["rows.jsonl:2", "rows.jsonl:3", "rows.jsonl:5"]
+    assert all(f"{tmp_path / 'rows-0-1.png'} cannot be read" in said for said in found.values())
+
+
+def test_a_picture_that_is_sound_is_decoded_once_while_its_file_is_as_it_was(folder_of, tmp_path, monkeypatch):
+    """And what is found of rows is what is found of each alone."""
+    asked = recipe(folder_of("llava"), data=sharing(tmp_path, *SHARED))
+    encoder = open_checkpoint(asked.model).encoder(asked)
+    samples = prepare(asked.data, asked.packing, encoder).train
+    cut(tmp_path, "rows-0-1.png")
+    every, opened, open_image = [np.arange(len(samples))], [], media.open_image
+
+    def noted(image, *more):
+        opened.append(image.source.name)
+        return open_image(image, *more)
+
+    monkeypatch.setattr(media, "open_image", noted)
+    decoded = Decoded(samples, every, encoder)
+    together = decoded[0]
+    assert sorted(opened) == ["rows-0-0.png", *["rows-0-1.png"] * 3, "rows-0-2.png"]
+    alone = [Decoded(samples, [at], encoder)[0] for at in np.arange(len(samples))[:, None]]
+    assert [(str(found.fault), found.files) for (found,) in alone] == [
+        (str(found.fault), found.files) for found in together
+    ]
+    assert [found.fault and found.fault.sample_id for found in together] == [
+        *(None, "number 2", "number 3", None, "number 5", None)
+    ]
+    os.utime(tmp_path / "rows-0-0.png", (1, 1))
+    opened.clear()
+    assert len(decoded[0]) == len(samples) and set(opened) == {"rows-0-0.png", "rows-0-1.png"}
 
 
 def test_rows_that_share_an_id_are_told_apart_by_their_place(checked, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import chat, write_rows
 
+from mantis_lite.models.checkpoint import FAMILIES
 from mantis_lite.process import prepare_process
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,26 @@ def test_help_imports_no_torch(words):
     )
     done = subprocess.run([sys.executable, "-c", script.format(words)], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+TRAINS = {"peft", "bitsandbytes", "trl", "datasets", "mantis_lite.models.load", "mantis_lite.training"}
+"""What loads or trains a model, and what a data set of the hub is read by: seconds to import."""
+
+
+@pytest.mark.parametrize("more", [[], ["train.num_train_epochs=2"]], ids=["one epoch", "two epochs"])
+def test_check_imports_nothing_that_trains_and_no_model(tmp_path, more):
+    """With two epochs it says what a vision cache would take, too."""
+    rows = [chat("<image>what is it?", f"number {at}", images=(at,)) for at in range(3)]
+    script = (
+        "import atexit, sys; sys.argv[1:] = {!r}\n@atexit.register\ndef told():\n"
+        "    print([name for name in sys.modules if name in {!r} or name.split('.')[-1] in {!r}])\n"
+        "from mantis_lite.cli import main; main()"
+    )
+    models = [f"modeling_{kind}" for family in FAMILIES for kind in family.model_types]
+    words = ["check", "chat", f"data={write_rows(tmp_path / 'rows.jsonl', rows)}", "model=tiny", *more]
+    done = subprocess.run([sys.executable, "-c", script.format(words, TRAINS, models)], capture_output=True, text=True)
+    assert "3 rows read, 3 to train on" in done.stdout and ("vision cache: " in done.stdout) == bool(more), done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_misspelt_key_ends_in_2_and_names_the_right_one():
@@ -85,6 +106,19 @@ def test_a_bad_row_ends_in_3(data, llava_folder, tmp_path):
     done = run("train", "chat", f"data={bad}", f"model={llava_folder}", cwd=tmp_path)
     assert done.returncode == 3
     assert done.stderr.startswith('SampleError: bad.jsonl:1 (id "a"): "messages" is empty')
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["sound", "bad"])
+def test_check_ends_as_ever_though_it_leaves_its_memory(data, llava_folder, tmp_path, bad):
+    """All is printed, what was registered is called, and the exit code is right."""
+    rows = Path(data).read_text() + bad * '{"id": "a", "images": ["gone.png"], "messages": []}\n'
+    (Path(data).parent / "some.jsonl").write_text(rows)
+    words = ["check", "chat", f"data={Path(data).parent / 'some.jsonl'}", f"model={llava_folder}"]
+    script = f"import atexit, sys; sys.argv[1:] = {words}; atexit.register(print, 'called', end='')\n"
+    script += "from mantis_lite.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3 * bad, "") and f"{6 + bad} rows read" in done.stdout
+    assert done.stdout.endswith("called")
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapter_config import check_tensors, read_settings
 from mantis_lite.models.adapters import find_adapter, load_adapter, make_trainable
-from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.models.load import load_model, read_config
+from mantis_lite.models.checkpoint import open_checkpoint, read_config
+from mantis_lite.models.load import load_model
 from mantis_lite.models.small_files import read_small
 from mantis_lite.recipe import ModelRecipe, make_recipe
 

@@ -24,9 +24,11 @@ from mantis_lite.data.sample import Image
 from mantis_lite.data.schema import parse
 from mantis_lite.data.template import LLAMA_3
 from mantis_lite.errors import RecipeError, SampleError
-from mantis_lite.models.assemble import open_model, with_weights
-from mantis_lite.models.load import load_model, weights_dtype
-from mantis_lite.models.vision_cache import trained_parts
+from mantis_lite.models.assemble import open_model
+from mantis_lite.models.cacheable import trained_parts
+from mantis_lite.models.joining import with_weights
+from mantis_lite.models.load import load_model
+from mantis_lite.models.precision import weights_dtype
 from mantis_lite.recipe import ModelRecipe, load_recipe, make_recipe
 from mantis_lite.report.check import check
 from mantis_lite.report.fit import fit
@@ -194,7 +196,7 @@ def test_fit_knows_the_halves_that_recipes_name(kind):
 
 
 def test_only_what_trains_is_in_float32(monkeypatch):
-    monkeypatch.setattr("mantis_lite.models.load.working_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("mantis_lite.models.precision.working_dtype", lambda: torch.bfloat16)
     assert weights_dtype(recipe(task="pretrain", method="full")) == torch.bfloat16
     for trainable in ({"vision_tower": "full"}, {"language_model": "full"}):  # whose own numbers would be rounded
         assert weights_dtype(recipe(task="pretrain", method="full", trainable=trainable)) == torch.float32

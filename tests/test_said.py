@@ -5,7 +5,8 @@ import os
 import zipfile
 
 import pytest
-from helpers import chat, recipe, write_rows
+from clips_made import make
+from helpers import chat, picture, recipe, write_rows
 from typer.testing import CliRunner
 
 from mantis_lite.cli import app
@@ -54,6 +55,26 @@ def test_what_changed_is_read_again(asked, tmp_path, change):
     checked(asked)
     change(tmp_path)
     assert remembered(asked, False) is None
+
+
+def test_what_decoding_read_is_what_rows_name(folder_of, tmp_path):
+    """Pictures, clips, and frames in a folder with all that lies there; without decoding, the rows are asked."""
+    make(tmp_path / "a.mp4")
+    (tmp_path / "frames").mkdir()
+    for at in range(5):
+        (tmp_path / "frames" / f"{at}.png").write_bytes(picture(at))
+    clips = [chat("<video>What?", "Blocks.", video=video) for video in ("a.mp4", "frames")]
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, *clips])
+    asked = recipe(folder_of("llava"), data=path, task="video", media={"num_frames": 4}, packing={"max_length": 2_000})
+    kept = []
+    for decode in (True, False):
+        found = check(asked, decode)
+        assert not found.prepared.rejects and (found.files is not None) == decode
+        remember(asked, False, found, said_of(found))
+        (file,) = (cache_dir() / "checks").iterdir()
+        kept.append(json.loads(file.read_text())["files"])
+    assert kept[0] == kept[1] and str(tmp_path / "frames/4.png") in [name for name, *_ in kept[0]]
+    assert len([name for name, *_ in kept[0] if name.startswith(str(tmp_path))]) == 1 + 3 + 1 + 1 + 5
 
 
 def test_another_model_in_the_same_folder_is_read_again(asked, tmp_path, folder_of):

@@ -37,7 +37,7 @@ from mantis_lite.data.shard_cache import File, ShardCache
 from mantis_lite.data.windows import count_windows, fetched_sets, window_of
 from mantis_lite.errors import DataError, RecipeError, SampleError
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.models.load import stated_head
+from mantis_lite.models.head_config import stated_head
 from mantis_lite.recipe import save_recipe
 from mantis_lite.sharding import shard
 from mantis_lite.training.callbacks import Ahead

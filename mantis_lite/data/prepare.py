@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from array import array
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..cycles import no_cycle_collection
 from ..errors import DataError, FitError, SampleError
 from ..recipe import DataRecipe, HeadRecipe, PackingRecipe, Problem, SourceRecipe, Task
 from .chunks import KEPT, Chunks, read_all, workers_for
@@ -103,7 +103,7 @@ def prepare(
     """
     made_by = hash_of(data, packing, encoder, seed, task, head)
     prepared = Prepared(train=_samples([], []), held_out=None, made_by=made_by)
-    with LengthCache(encoder.fingerprint) as cache, _no_cycle_collection():
+    with LengthCache(encoder.fingerprint) as cache, no_cycle_collection():
         reader = _Reader(data, packing, encoder, cache, prepared, task, head, every_fault, workers)
         prepared.train = reader.read(data.sources)
         if isinstance(data.eval, str):
@@ -149,7 +149,7 @@ def read_rows(
     Raises SampleError, FitError, DataError.
     """
     prepared = Prepared(train=_samples([], []), held_out=None, labels=labels)
-    with LengthCache(encoder.fingerprint) as cache, _no_cycle_collection():
+    with LengthCache(encoder.fingerprint) as cache, no_cycle_collection():
         prepared.train = _Reader(data, packing, encoder, cache, prepared, task).read(data.sources)
     if not len(prepared.train):
         raise DataError(
@@ -190,18 +190,6 @@ def _samples(opened: list[tuple[SourceRecipe, Rows]], kept: Sequence[np.ndarray]
     table = np.concatenate([np.empty(0, KEPT), *kept])
     rows, weights = [rows for _, rows in opened], [spec.weight for spec, _ in opened]
     return Samples(rows, weights, **{name: np.ascontiguousarray(table[name]) for name in KEPT.fields or ()})
-
-
-@contextmanager
-def _no_cycle_collection() -> Iterator[None]:
-    """Rows make many small objects without cycles: looking for cycles among them takes nearly half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ..chat import for_chat
 from ..data.encode import Encoder
 from ..errors import DataError, DiskError, RecipeError
 from ..files import write_whole
-from ..models.load import working_dtype
+from ..models.precision import working_dtype
 from ..models.upstream import WEIGHTS
 from ..models.weights import fingerprint, weight_files
 from ..trained import Trained, is_run, open_trained

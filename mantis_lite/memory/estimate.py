@@ -17,7 +17,7 @@ from ..models.adapters import HEAD, make_trainable, part_of
 from ..models.family import LLAMA_LAYERS, Family
 from ..models.head import classifier_of
 from ..models.llava import LLAVA
-from ..models.load import in_float32
+from ..models.precision import in_float32
 from ..recipe import Recipe
 from .ledger import BLOCK
 from .rehearsal import rehearse

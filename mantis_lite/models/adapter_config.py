@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from ..errors import RecipeError, one_line
 from .small_files import read_json
+from .weights import open_tensors
 
 MAX_RANK = 1024
 """Of an adapter: 64 is large, and each layer gets matrices of it before a tensor is looked at."""
@@ -122,14 +122,6 @@ def check_tensors(file: Path, settings: dict[str, Any]) -> None:
             raise RecipeError(
                 f"{file}: {layer.partition('|')[0]} is of rank {sizes}, by its settings {sorted(ranks)}\n  {again}"
             )
-
-
-def open_tensors(file: Path) -> Any:
-    """A file of safetensors, of which nothing is read yet. Raises RecipeError."""
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise RecipeError(f"{file}: is damaged: {error}\n  Copy it again from where it was trained.") from None
 
 
 def _is_quick(pattern: str) -> bool:

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError, one_line
 from ..recipe import LoraRecipe, ModelRecipe, Part, Recipe, Training
-from .adapter_config import open_tensors, read_settings
+from .adapter_config import read_settings
 from .checkpoint import find_folder, public_name
 from .family import Family
 from .upstream import CONFIG, PICKLED, WEIGHTS, WHOLE, check_files, convert, is_upstream
+from .weights import open_tensors
 
 HEAD = "score"
 """The module of a score head, which always learns, whole and in float32."""

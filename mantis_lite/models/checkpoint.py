@@ -34,7 +34,7 @@ from .idefics2 import IDEFICS2
 from .idefics3 import IDEFICS3
 from .llava import LLAVA
 from .qwen_vl import QWEN2, QWEN3
-from .small_files import read_small, refuse_hostile, unreadable
+from .small_files import read_small, refuse_hostile, refuse_settings, unreadable
 
 FAMILIES = (LLAVA, IDEFICS2, FUYU, IDEFICS3, QWEN2, QWEN3)
 
@@ -281,4 +281,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             else AutoTokenizer.from_pretrained(folder).backend_tokenizer
         )
     except Exception as error:  # tokenizers raises nothing narrower
+        raise unreadable(file, error) from None
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config in a folder: of a model, or beside an adapter, where it states the score head. Raises RecipeError."""
+    file = folder / "config.json"
+    settings = read_small(file)
+    refuse_settings(file, settings)
+    try:
+        return AutoConfig.for_model(**settings)
+    except (TypeError, ValueError) as error:  # of no model, or of none that is known
         raise unreadable(file, error) from None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL.Image import Resampling
-from transformers import FuyuForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.template import MFUYU_V1, Token, Wrap
@@ -64,6 +64,8 @@ def vision(
     def pixels(picture: Seen) -> Pixels:
         scaled = picture.resize(enough(picture.size), Resampling.BILINEAR)
         return {"patches": _patches(np.asarray(scaled), side)}
+
+    from transformers import FuyuForCausalLM  # here, as only a Fuyu needs its class, which takes time to load
 
     # transformers before 5.23 takes the patches by another name, and ignores this one without an error.
     name = "pixel_values" if "pixel_values" in signature(FuyuForCausalLM.forward).parameters else "image_patches"

@@ -11,8 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import RecipeError
-from .checkpoint import commit_of, find_folder, public_name, read_tokenizer
-from .load import read_config
+from .checkpoint import commit_of, find_folder, public_name, read_config, read_tokenizer
 from .small_files import AS_PUBLISHED, read_small, refuse_hostile
 from .weights import files_of
 

@@ -41,15 +41,7 @@ from transformers.utils import can_return_tuple
 
 from ..data.encode import IGNORE
 from ..data.labels import Labels
-from ..errors import RecipeError
-from ..recipe import HeadRecipe, Problem
-
-PROBLEMS: dict[Problem, str] = {
-    "regression": "regression",
-    "single_label": "single_label_classification",
-    "multi_label": "multi_label_classification",
-}
-"""A recipe's words for what labels are, and transformers'."""
+from .head_config import PROBLEMS
 
 
 class Classifier(PreTrainedModel):
@@ -250,24 +242,6 @@ def with_head(
     made.class_weights = None if class_weights is None else list(class_weights)
     made.score_token_ids = list(score_token_ids) or None
     return made
-
-
-def labels_of(config: PreTrainedConfig, head: HeadRecipe, name: str) -> Labels:
-    """The labels that the config of a head, called `name`, states; the recipe names those of one that does not.
-
-    Raises RecipeError where the two differ.
-    """
-    names = tuple(config.id2label[at] for at in range(config.num_labels))
-    stated = tuple(head.labels or names)
-    unnamed = names == tuple(f"LABEL_{at}" for at in range(len(names)))  # as VideoScore's
-    if len(stated) != len(names) or not (unnamed or stated == names):
-        raise RecipeError(
-            f"head.labels: {', '.join(stated)}, and the head of {name} scores {', '.join(names)}\n"
-            "  State its labels in its order, or take a model without a head."
-        )
-    problem = {of: problem for problem, of in PROBLEMS.items()}.get(config.problem_type or "", head.problem)
-    assert problem
-    return Labels(problem, stated)
 
 
 def classifier_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL.Image import Resampling
 from torch.utils.checkpoint import checkpoint
-from transformers import Idefics2Model, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -100,11 +100,11 @@ def _read_by_shape(model: PreTrainedModel, processor: BaseImageProcessor) -> Non
     model.model.get_image_features = MethodType(partial(_features, levels=levels_of(processor)), model.model)
 
 
-def _features(self: Idefics2Model, pixel_values: Any, *args: Any, levels: torch.Tensor, **kwargs: Any) -> Any:
+def _features(self: Any, pixel_values: Any, *args: Any, levels: torch.Tensor, **kwargs: Any) -> Any:
     """What the tower and the connector make of pictures, a shape at a time; in reading order."""
     if isinstance(pixel_values, torch.Tensor):
         assert pixel_values.is_floating_point(), "what the stock layout is filled up with is no level"
-        return Idefics2Model.get_image_features(self, pixel_values, *args, **kwargs)
+        return type(self).get_image_features(self, pixel_values, *args, **kwargs)
     places, found = [], []
     for members, pictures in pixel_values:
         pictures = look_up(pictures, levels).to(self.dtype)
@@ -116,7 +116,7 @@ def _features(self: Idefics2Model, pixel_values: Any, *args: Any, levels: torch.
     return BaseModelOutputWithPooling(pooler_output=torch.cat(found)[torch.cat(places).argsort()])
 
 
-def _connected(model: Idefics2Model, hidden: torch.Tensor) -> torch.Tensor:
+def _connected(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What the connector makes of the tower's output for pictures of a shape: (N, P, W) -> (N, latents, H).
 
     A few at a time, and again in the backward pass where layers are: its wide layers would keep 4 x 14,336 numbers a

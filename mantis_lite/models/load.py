@@ -8,7 +8,6 @@ import re
 import traceback
 from collections.abc import Collection, Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,40 +15,19 @@ from accelerate.utils import recursively_apply, send_to_device
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import RecipeError
-from ..recipe import HeadRecipe, Part, Recipe
+from ..recipe import Part, Recipe
 from .activations import keep_less
 from .adapters import HEAD, part_of
 from .attention import require_attention, use_attention
 from .checkpoint import Checkpoint
 from .family import Family
-from .head import classifier_of, labels_of
+from .head import classifier_of
 from .kernels import fuse, used_kernels
-from .small_files import read_small, refuse_settings, unreadable
-
-
-def working_dtype() -> torch.dtype:
-    """float32 on a CPU; bfloat16 where the GPU has it (compute capability 8.0 and newer), else float16."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-
-
-def weights_dtype(recipe: Recipe) -> torch.dtype:
-    """What weights are held in that are not in 4 bits: full fine-tuning's in float32, others' as they compute."""
-    return torch.float32 if in_float32(recipe) else working_dtype()
-
-
-def in_float32(recipe: Recipe) -> bool:
-    """Whether all weights are, as in full fine-tuning; where a projector alone learns, it is once it is loaded.
-
-    DeepSpeed keeps float32 of what trains beside.
-    """
-    parts = recipe.parts
-    alone = parts["projector"] == "full" and parts["language_model"] == parts["vision_tower"] == "frozen"
-    return recipe.method == "full" and not alone and not recipe.strategy.startswith("zero")
+from .precision import weights_dtype
+from .small_files import unreadable
 
 
 def loader_workers() -> int:
@@ -94,42 +72,6 @@ def load_model(
     keep_less(model, recipe.memory)
     use_attention(model, recipe.memory.attention)
     return model
-
-
-def stated_head(checkpoint: Checkpoint, recipe: Recipe) -> HeadRecipe | None:
-    """The head that a recipe trains, where its task has one; with the labels of a head that is there already.
-
-    Raises RecipeError where what is to be trained on scores something else, or does not say what.
-    """
-    if recipe.task != "classify":
-        return None
-    name, config = checkpoint.name, checkpoint.config if checkpoint.has_head else None
-    if recipe.model.adapter and (Path(recipe.model.adapter) / "config.json").is_file():
-        name, config = recipe.model.adapter, read_config(Path(recipe.model.adapter))
-    if config is None:
-        return recipe.head
-    labels = labels_of(config, recipe.head, name)
-    if labels.problem != recipe.head.problem:
-        found = f"{recipe.head.problem}, and the head of {name} was trained for {labels.problem}"
-        raise RecipeError(f"head.problem: {found}\n  Set head.problem={labels.problem}.")
-    if bool(getattr(config, "score_token_ids", None)) != (recipe.head.score == "special_tokens"):
-        found = f"{recipe.head.score}, and the head of {name} reads its labels otherwise"
-        raise RecipeError(f"head.score: {found}\n  Set it as the head was trained.")
-    if recipe.head.labels is None and labels.names[0] == "LABEL_0":
-        found = f"the head of {name} has {len(labels.names)} labels and does not name them"
-        raise RecipeError(f"head.labels: {found}\n  State them, in its order.")
-    return recipe.head.model_copy(update={"labels": list(labels.names)})
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The config beside an adapter, which states its score head. Raises RecipeError."""
-    file = folder / "config.json"
-    settings = read_small(file)
-    refuse_settings(file, settings)
-    try:
-        return AutoConfig.for_model(**settings)
-    except (TypeError, ValueError) as error:  # of no model, or of none that is known
-        raise unreadable(file, error) from None
 
 
 def placed(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

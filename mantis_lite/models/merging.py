@@ -19,11 +19,12 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from ..errors import RecipeError, one_line
 from ..recipe import Part
-from .adapter_config import open_tensors, read_settings
+from .adapter_config import read_settings
 from .adapters import HEAD, load_adapter, part_of
 from .family import Family
 from .head import classifier_of
 from .upstream import CONFIG, renaming
+from .weights import open_tensors
 
 ALONE = "default"
 """What PEFT calls a model's only adapter."""

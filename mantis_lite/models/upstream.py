@@ -23,7 +23,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..errors import RecipeError
-from .adapter_config import PREFIX, check_tensors, open_tensors, read_settings
+from .adapter_config import PREFIX, check_tensors, read_settings
+from .weights import open_tensors
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

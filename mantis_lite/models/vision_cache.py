@@ -5,35 +5,35 @@ from __future__ import annotations
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from .. import __version__
 from ..data import media
 from ..data.encode import Encoder
 from ..data.features import SIZE, Features
-from ..data.prepare import Samples
-from ..data.sample import Image, Sample
+from ..data.sample import Sample
 from ..data.vision import Pixels, Size
 from ..errors import RecipeError, SampleError
-from ..recipe import Part, Recipe
+from ..recipe import Recipe
 from .adapters import base_of, part_of
+from .cacheable import Place, Plans, feature_bytes, projects, shown
 from .checkpoint import Checkpoint
-from .family import Family
 from .kernels import used_kernels
-from .load import loader_workers, placed, weights_dtype
+from .load import loader_workers, placed
+from .precision import weights_dtype
 
 GRID = "image_grid_thw"
 """What positions go by where a token has several: a picture's rows and columns of patches."""
@@ -44,20 +44,8 @@ ROOM = 0.9
 MAKERS = ("torch", "transformers", "numpy", "pillow", "av", "bitsandbytes")
 """Packages whose version may change a picture's features."""
 
-Plans = Sequence[tuple[Samples, Sequence[int]]]
-"""Samples, and which of them are shown."""
-
 Opened = tuple[Size, Pixels]
 """A decoded picture: its size, and what the model takes of it."""
-
-
-class Place(NamedTuple):
-    """Where a picture is shown first: in which plan, which sample, as which of its pictures; and its size in pixels."""
-
-    plan: int
-    sample: int
-    picture: int
-    size: Size
 
 
 def require_encoder_outputs() -> None:
@@ -68,47 +56,6 @@ def require_encoder_outputs() -> None:
             f"memory.vision_cache: needs transformers 5.23 or newer, and this is {found}\n"
             "  Install it: pip install -U 'transformers>=5.23,<6'; or leave memory.vision_cache out."
         )
-
-
-def trained_parts(recipe: Recipe) -> set[Part]:
-    """The parts that learn by what the recipe says of them."""
-    return {part for part, how in recipe.parts.items() if how != "frozen"}
-
-
-def projects(family: Family, kind: str, trained: Collection[str]) -> bool:
-    """Whether the projector runs in training, on what the tower gave; else what it made is kept.
-
-    Raises RecipeError where a model of this kind, with these parts trained, has nothing that could be kept.
-    """
-    remedy = "or leave memory.vision_cache out."
-    if "vision_tower" not in family.parts:
-        raise RecipeError(f"memory.vision_cache: {kind} has no vision tower, so nothing to keep\n  Leave it out.")
-    if "vision_tower" in trained:
-        found = "the vision tower trains, so what it makes of a picture changes"
-        raise RecipeError(f"memory.vision_cache: {found}\n  Set trainable.vision_tower=frozen, {remedy}")
-    if "projector" not in trained:
-        return False
-    if family.projection is None:
-        found = f"the projector trains, and that of {kind} is one with its tower"
-        raise RecipeError(f"memory.vision_cache: {found}\n  Set trainable.projector=frozen, {remedy}")
-    return True
-
-
-def shown(
-    plans: Plans, encoder: Encoder, key: Callable[[Image], Hashable], broken: Callable[[SampleError], None]
-) -> dict[Any, Place]:
-    """The different pictures of all plans, by `key`, and where each is shown first; `broken` is told of bad rows."""
-    found: dict[Any, Place] = {}
-    for number, (samples, indices) in enumerate(plans):
-        for index in indices:
-            try:
-                sample = encoder.frames.lay_out(samples[index])
-                for at, image in enumerate(sample.images):
-                    size = media.size(image, sample, encoder.max_image_size)
-                    found.setdefault(key(image), Place(number, index, at, size))
-            except SampleError as error:
-                broken(error)
-    return found
 
 
 class VisionCache:
@@ -123,18 +70,11 @@ class VisionCache:
         self.family, self.config = checkpoint.family, checkpoint.config
         self.projects = projects(self.family, self.config.model_type, trained)
         self.dtype = weights_dtype(recipe)
+        self.bytes_of = feature_bytes(checkpoint, recipe, encoder.vision, trained)
         self.kept_from = {"vision_tower"} if self.projects else {"vision_tower", "projector"}
         self.features = Features()
         self.encoder = replace(encoder, features=self.features)
         self.vision = replace(encoder.vision, batch=self._batch)
-
-    def bytes_of(self, size: Size) -> int:
-        """What the features of a picture of a size take, in bytes, without what a file adds in front of them."""
-        vision = self.pixels.vision
-        if not self.projects:
-            return vision.placeholders(size) * _output_width(self.config) * self.dtype.itemsize
-        assert self.family.projection
-        return self.family.projection.rows(vision, size) * _tower_width(self.config) * self.dtype.itemsize
 
     def fill(self, model: PreTrainedModel | PeftModel, plans: Plans, broken: Callable[[SampleError], None]) -> str:
         """Compute what is not kept yet, and let the model read it; returns what was done, in words.
@@ -313,18 +253,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _autocast(device: str) -> str | None:
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-
-
-def _output_width(config: PreTrainedConfig) -> int:
-    """Numbers a placeholder: for the words' layer, and Qwen3-VL's for deeper ones."""
-    deeper = getattr(config.vision_config, "deepstack_visual_indexes", ())
-    return config.get_text_config().hidden_size * (1 + len(deeper))
-
-
-def _tower_width(config: PreTrainedConfig) -> int:
-    """Numbers a position of the tower, of each layer that is read."""
-    layers = getattr(config, "vision_feature_layer", 0)
-    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
 def _megabytes(size: float) -> str:

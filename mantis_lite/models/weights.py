@@ -1,4 +1,4 @@
-"""The files of a checkpoint's weights: where they are, what tells one set from another, and writing them."""
+"""The files of a checkpoint's weights: where they are, opening them, what tells one set from another, writing them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import RecipeError
-from .adapter_config import open_tensors
 from .checkpoint import Checkpoint, find_folder
 from .small_files import AS_PUBLISHED, read_small
 
@@ -48,6 +48,14 @@ def files_of(key: str, name: str, commit: str | None, folder: Path, remedy: str 
         if not (folder / file).is_file():
             raise RecipeError(f"{key}: {name} has no {file}\n  {remedy}")
     return [folder / file for file in names]
+
+
+def open_tensors(file: Path) -> Any:
+    """A file of safetensors, of which nothing is read yet. Raises RecipeError."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(f"{file}: is damaged: {error}\n  Copy it again from where it was trained.") from None
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from ..data.encode import IGNORE, Encoded, Encoder
 from ..data.packing import fill
-from ..data.prepare import Prepared, Samples, prepare
+from ..data.prepare import Prepared, prepare
 from ..data.sample import Frame, Image, Sample
 from ..data.schedule import Schedule, schedule
 from ..errors import RecipeError, SampleError
 from ..models.assemble import open_model
+from ..models.cacheable import feature_bytes, shown, trained_parts
 from ..models.checkpoint import Checkpoint
-from ..models.load import stated_head
-from ..models.vision_cache import VisionCache, shown, trained_parts
+from ..models.head_config import stated_head
 from ..recipe import Recipe
+from .decoding import Watch, sound
 from .said import Stretch
 
 
@@ -42,14 +41,6 @@ class Kept(NamedTuple):
     uses: float
 
 
-MOST_WORKERS = 16
-"""Processes that decode: the disk is the slowest then."""
-AT_A_TIME = 16
-"""Rows of which such a process tells together, at most."""
-Watch = Callable[[Iterable[SampleError | None], int], Iterable[SampleError | None]]
-"""Takes what is found of each row, in turn, and how many there will be, and hands it on."""
-
-
 @dataclass(frozen=True)
 class Check:
     """What was read, with all that is wrong in `prepared.rejects`; and what of it would train, where anything would."""
@@ -59,6 +50,8 @@ class Check:
     outlook: Outlook | None
     checkpoint: Checkpoint
     encoder: Encoder
+    files: set[str | None] | None
+    """Those of all pictures and clips, None standing for what is in no file; None where they were not decoded."""
 
 
 @dataclass(frozen=True)
@@ -93,52 +86,13 @@ def check(recipe: Recipe, decode: bool = True, watch: Watch = lambda found, tota
     encoder = checkpoint.encoder(recipe)
     head = stated_head(checkpoint, recipe)
     prepared = prepare(recipe.data, recipe.packing, encoder, task=recipe.task, head=head, every_fault=True)
-    if decode:
-        prepared.train = _sound(prepared.train, encoder, prepared.rejects, watch)
+    files: set[str | None] | None = set() if decode else None
+    if files is not None:
+        prepared.train = sound(prepared.train, encoder, prepared.rejects, files, watch)
         if prepared.held_out is not None:
-            prepared.held_out = _sound(prepared.held_out, encoder, prepared.rejects, watch)
+            prepared.held_out = sound(prepared.held_out, encoder, prepared.rejects, files, watch)
     outlook = _outlook(recipe, checkpoint, encoder, prepared) if len(prepared.train) else None
-    return Check(prepared, checkpoint.notice, outlook, checkpoint, encoder)
-
-
-def _sound(samples: Samples, encoder: Encoder, rejects: list[SampleError], watch: Watch) -> Samples:
-    """Those whose pictures and clips can be decoded; what is wrong with the others joins `rejects`."""
-    pictured = np.flatnonzero(samples.images)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, MOST_WORKERS, len(pictured))
-    each = min(AT_A_TIME, 1 + len(pictured) // (4 * cores))  # of a few rows all processes have some
-    rows = _Decoded(samples, [pictured[at : at + each] for at in range(0, len(pictured), each)], encoder)
-    loaded: Iterable[list[SampleError | None]] = DataLoader(rows, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
-    found = chain.from_iterable(loaded)
-    broken = []
-    for at, error in zip(pictured, watch(found, len(pictured)), strict=True):
-        if error is not None:
-            rejects.append(error)
-            broken.append(at)
-    return samples.take(np.delete(np.arange(len(samples)), broken)) if broken else samples
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """What decoding the pictures of samples finds wrong with each, a few at a time."""
-
-    samples: Samples
-    few: list[np.ndarray]
-    encoder: Encoder
-
-    def __len__(self) -> int:
-        return len(self.few)
-
-    def __getitem__(self, at: int) -> list[SampleError | None]:
-        return [self._fault(self.samples[index]) for index in self.few[at]]
-
-    def _fault(self, sample: Sample) -> SampleError | None:
-        frames = self.encoder.frames
-        try:
-            frames.open(frames.lay_out(sample), self.encoder.max_image_size)
-        except SampleError as error:
-            return error
-        return None
+    return Check(prepared, checkpoint.notice, outlook, checkpoint, encoder, files)
 
 
 def _outlook(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Prepared) -> Outlook | None:
@@ -198,7 +152,7 @@ def _kept(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Pr
     if len(packs.epoch_sizes) < 2 or not prepared.train.images.any():
         return None
     try:
-        cache = VisionCache(checkpoint, recipe, encoder, trained_parts(recipe))
+        bytes_of = feature_bytes(checkpoint, recipe, encoder.vision, trained_parts(recipe))
     except RecipeError:
         return None  # nothing can be kept of such a model
     broken: list[SampleError] = []
@@ -207,7 +161,7 @@ def _kept(recipe: Recipe, checkpoint: Checkpoint, encoder: Encoder, prepared: Pr
     uses = int(prepared.train.images[packs.packs.samples].sum())
     return Kept(
         pictures=len(pictures),
-        size=sum(cache.bytes_of(place.size) for place in pictures.values()),
+        size=sum(bytes_of(place.size) for place in pictures.values()),
         uses=uses / max(1, len(pictures)),
     )
 

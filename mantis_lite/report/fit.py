@@ -21,10 +21,11 @@ from ..memory.overrides import GPUS, Override, Work, best, taken
 from ..memory.packs import Assumed, Planned
 from ..memory.step import Pack
 from ..models.assemble import open_model
+from ..models.cacheable import projects, trained_parts
 from ..models.checkpoint import SMALL_FILES, Checkpoint
 from ..models.halves import named
-from ..models.load import stated_head
-from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
+from ..models.head_config import stated_head
+from ..models.vision_cache import require_encoder_outputs
 from ..recipe import ModelRecipe, Recipe, load_recipe
 
 CARDS = (8, 12, 16, 24, 48, 80)

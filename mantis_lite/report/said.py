@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -153,18 +154,20 @@ def _rows(recipe: Recipe) -> list[str]:
 
 def _files(recipe: Recipe, found: Check) -> list[Seen] | None:
     """All that was read: rows, pictures and clips, the model's small files; None where some of it is in no file."""
-    from ..data.content import files_of
+    from .decoding import named_files
 
     folder = found.checkpoint.folder
     paths = {*_rows(recipe), str(folder), *map(str, folder.iterdir())}
     if folder.parent.name == "snapshots":  # of the hub's cache, which may come to mean another commit
         paths |= {str(ref) for ref in (folder.parents[1] / "refs").rglob("*")}
-    held_out = found.prepared.held_out
-    for sample in (*found.prepared.train, *(held_out if held_out is not None else ())):
-        files = files_of(sample)
-        if files is None:
+    named = found.files
+    if named is None:
+        samples = chain(found.prepared.train, found.prepared.held_out or ())
+        named = {file for sample in samples for file in named_files(sample)}
+    for file in named:
+        if file is None:
             return None
-        paths.update(map(str, files))
+        paths.add(file)
     seen = [_seen(path) for path in sorted(paths)]
     return None if None in seen else seen  # type: ignore[return-value]
 

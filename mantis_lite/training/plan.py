@@ -21,12 +21,13 @@ from ..memory.packs import Planned
 from ..models.adapters import find_adapter
 from ..models.assemble import open_model
 from ..models.attention import require_attention
+from ..models.cacheable import projects, trained_parts
 from ..models.checkpoint import Checkpoint
 from ..models.cost import cost_of
+from ..models.head_config import stated_head
 from ..models.kernels import chosen_kernels
-from ..models.load import stated_head
 from ..models.sequence import require_sharing
-from ..models.vision_cache import projects, require_encoder_outputs, trained_parts
+from ..models.vision_cache import require_encoder_outputs
 from ..recipe import Recipe, save_recipe
 from .broken import REJECTS
 from .checkpoints import remove, saved, step_of, sweep

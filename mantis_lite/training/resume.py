@@ -18,7 +18,7 @@ from ..data.prepare import Prepared, Samples
 from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError, one_line
 from ..files import write_whole
-from ..models.load import working_dtype
+from ..models.precision import working_dtype
 from ..recipe import Recipe, load_recipe
 from .checkpoints import newest, saved, step_of
 from .ranks import Ranks

@@ -38,12 +38,14 @@ from ..memory.estimate import Estimate
 from ..memory.overrides import peak
 from ..memory.shortage import shortage, telling
 from ..models.adapters import PartSize, make_trainable, part_sizes, trained_parameters
-from ..models.assemble import Assembled, with_weights
+from ..models.assemble import Assembled
 from ..models.attention import chosen_attention
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.head import with_head
+from ..models.joining import with_weights
 from ..models.kernels import chosen_kernels, fuse, fused_layers, words
-from ..models.load import load_model, working_dtype
+from ..models.load import load_model
+from ..models.precision import working_dtype
 from ..models.sequence import share_rows
 from ..models.vision_cache import VisionCache
 from ..plain_clients import write_settings, write_template

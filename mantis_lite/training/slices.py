@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..models.adapter_config import open_tensors
-from ..models.weights import write_tensors
+from ..models.weights import open_tensors, write_tensors
 from .ranks import Ranks
 
 VALUE = "value"

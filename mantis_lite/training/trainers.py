@@ -33,7 +33,8 @@ from ..errors import RecipeError, ResumeError
 from ..metrics import Metrics, score_metrics
 from ..models.head import score_loss
 from ..models.lm_head import score_supervised
-from ..models.load import loader_workers, working_dtype
+from ..models.load import loader_workers
+from ..models.precision import working_dtype
 from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers, numel
