@@ -82,8 +82,8 @@ class Decoded:
     samples: Samples
     few: list[np.ndarray]
     encoder: Encoder
-    sound: set[tuple[object, ...]] = field(default_factory=set)
-    """Pictures that need not be decoded again: the file, its size and time, and which of a clip's it is."""
+    sound: set[int] = field(default_factory=set)
+    """Pictures that need not be decoded again: 64 bits of each, as there may be millions."""
 
     def __len__(self) -> int:
         return len(self.few)
@@ -108,8 +108,8 @@ class Decoded:
         self.sound.update(key for key in known if key is not None)
 
 
-def _key(image: Image) -> tuple[object, ...] | None:
-    """What tells a picture in a file from every other; None where it is in none, or its file cannot be found."""
+def _key(image: Image) -> int | None:
+    """A hash of a picture's file, its size and time, and which of a clip's it is; None where it is in no file."""
     if isinstance(image.source, bytes):
         return None
     try:
@@ -117,4 +117,4 @@ def _key(image: Image) -> tuple[object, ...] | None:
     except (OSError, ValueError):  # decoding says what is wrong
         return None
     place = image.at if isinstance(image, Frame) else None
-    return str(image.source), place, found.st_size, found.st_mtime_ns
+    return hash((str(image.source), place, found.st_size, found.st_mtime_ns))
