@@ -49,10 +49,14 @@ def content_of(sample: Sample) -> Content | None:
 
 def files_of(sample: Sample) -> list[Path] | None:
     """The files of a sample's pictures and clips; None where some are in no file of their own. Raises OSError."""
-    frames = [frame for video in sample.videos if isinstance(video.source, tuple) for frame in video.source]
-    if not all(isinstance(image.source, Path) for image in (*sample.images, *frames)):
-        return None
-    return [part.path for part in _parts(sample) if isinstance(part, _File)]
+    found = [image.source for image in sample.images]
+    for video in sample.videos:
+        if isinstance(video.source, tuple):
+            found += [frame.source for frame in video.source]
+        else:
+            found += [video.source, *(video.source.iterdir() if video.source.is_dir() else ())]
+    files = [file for file in found if isinstance(file, Path)]
+    return files if len(files) == len(found) else None
 
 
 def _parts(sample: Sample) -> Iterator[bytes | _File | Zipped]:

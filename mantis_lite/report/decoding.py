@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def _as_it_is(found: list[Found]) -> list[Found]:
 
 
 class Found(NamedTuple):
-    """What decoding the pictures of a sample came to: what is wrong, and the files that it names."""
+    """What decoding the pictures of a sample came to: what is wrong, and the files it names that were not told yet."""
 
     fault: SampleError | None
     files: list[str | None]
@@ -93,12 +94,14 @@ class Decoded:
 
     def _found(self, sample: Sample) -> Found:
         try:
-            self._decode(sample)
+            new = self._decode(sample)
         except SampleError as error:
             return Found(error, [])
-        return Found(None, named_files(sample))
+        if sample.videos:
+            return Found(None, named_files(sample))
+        return Found(None, [str(image.source) if isinstance(image.source, Path) else None for image in new])
 
-    def _decode(self, sample: Sample) -> None:
+    def _decode(self, sample: Sample) -> list[Image]:
         """Decode the pictures of a sample that are not known to be sound, as a step would. Raises SampleError."""
         frames = self.encoder.frames
         laid_out = frames.lay_out(sample)
@@ -106,6 +109,7 @@ class Decoded:
         new = [image for image, key in zip(laid_out.images, known, strict=True) if key not in self.sound]
         frames.open(laid_out, self.encoder.max_image_size, new)
         self.sound.update(key for key in known if key is not None)
+        return new
 
 
 def _key(image: Image) -> int | None:
