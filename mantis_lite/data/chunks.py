@@ -33,6 +33,8 @@ from .source import Rows
 
 CHUNK = 256
 """Rows measured together, so that the tokenizer works on many texts at once."""
+AHEAD = 2
+"""Chunks that are tokenised at once, so that no core waits while Python takes what was found."""
 FEW = 20_000
 """Rows that are read sooner than processes are started for them."""
 MOST_WORKERS = 32
@@ -200,16 +202,16 @@ def workers_for(rows: int) -> int:
 
 
 def read_all(chunks: Chunks, workers: int) -> Generator[Read]:
-    """All chunks in order; with no workers, while one is tokenised the next is parsed. Raises DataError."""
+    """All chunks in order; with no workers, while some are tokenised the next is parsed. Raises DataError."""
     return _beside(chunks, workers) if workers else _here(chunks)
 
 
 def _here(chunks: Chunks) -> Generator[Read]:
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(AHEAD) as pool:
         begun = deque[Callable[[], Read]]()
         for at in range(len(chunks)):
             begun.append(chunks.begin(at, pool))
-            if len(begun) > 1:
+            if len(begun) > AHEAD:
                 yield begun.popleft()()
         for finish in begun:
             yield finish()

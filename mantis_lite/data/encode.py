@@ -140,14 +140,17 @@ class Encoder:
         written = [self._written(sample) for sample in samples]
         pieces = chain.from_iterable(found[1] for found in written if not isinstance(found, SampleError))
         texts = list({p.content for p in pieces if type(p.content) is str})
-        future = pool.submit(self.tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+        future = pool.submit(self._counts, texts)
         pictures = [found if isinstance(found, SampleError) else self._pictures_length(found[0]) for found in written]
 
         def finish() -> list[Measured | SampleError]:
-            tokens = {text: len(encoding) for text, encoding in zip(texts, future.result(), strict=True)}
+            tokens = dict(zip(texts, future.result(), strict=True))
             return [_measured(*both, tokens) for both in zip(written, pictures, strict=True)]
 
         return finish
+
+    def _counts(self, texts: list[str]) -> list[int]:
+        return [*map(len, self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))]
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's tensors; opens its pictures and clips. Raises SampleError."""
