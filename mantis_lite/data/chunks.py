@@ -180,16 +180,17 @@ class Chunks(Sequence[Read]):
 
 def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitError | None:
     """What to say of a sample that no pack can hold, or None."""
-    if length.tokens > packing.max_length:
-        found = f"needs {length.tokens:,} tokens ({length.images} images); packing.max_length is {packing.max_length:,}"
+    long = length.tokens > packing.max_length
+    if not (long or (packing.max_patches and length.patches > packing.max_patches)):
+        return None
+    images = f"({length.images} images)"
+    if long:
+        found = f"needs {length.tokens:,} tokens {images}; packing.max_length is {packing.max_length:,}"
         fewer = ", take fewer frames of a clip" if sample.videos else ""
         remedy = f"Raise packing.max_length{fewer}, or set data.oversize=drop."
-    elif packing.max_patches and length.patches > packing.max_patches:
-        held, most = f"{length.patches:,} patches ({length.images} images)", packing.max_patches
-        found = f"needs {held}; packing.max_patches is {most:,}"
-        remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
     else:
-        return None
+        found = f"needs {length.patches:,} patches {images}; packing.max_patches is {packing.max_patches:,}"
+        remedy = "Raise packing.max_patches, lower media.max_image_size, or set data.oversize=drop."
     return FitError(sample.where, found, remedy, sample.id)
 
 
