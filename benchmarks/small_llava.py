@@ -15,12 +15,22 @@ WORDS = 1024
 """Of the vocabulary that is learned from texts: a word of English is about two tokens."""
 
 
-def make(folder: Path, texts: Sequence[str] = (), width: int = 128, mlp: int = 4096, layers: int = 1) -> Path:
-    """Save random weights as a checkpoint is published; its tokenizer is learned from `texts`, or else Tiny Mantis'."""
+def make(
+    folder: Path,
+    texts: Sequence[str] = (),
+    width: int = 128,
+    mlp: int = 4096,
+    layers: int = 1,
+    words: int = WORDS,
+) -> Path:
+    """Save random weights as a checkpoint is published.
+
+    Its tokenizer is learned from `texts`, with so many words in it, or else Tiny Mantis'.
+    """
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tokenizer = _learned(texts) if texts else _tiny()
+    tokenizer = _learned(texts, words) if texts else _tiny()
     heads = max(1, width // 64)
     text = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -54,12 +64,12 @@ def _tiny() -> Any:
     return Tokenizer.from_file(str(tiny.CHECKPOINT / "tokenizer.json"))
 
 
-def _learned(texts: Sequence[str]) -> Any:
+def _learned(texts: Sequence[str], words: int) -> Any:
     from tokenizers import Tokenizer, pre_tokenizers, trainers
 
     tokenizer = _tiny()
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learning: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=WORDS, **learning))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=words, **learning))
     return Tokenizer.from_str(tokenizer.to_str())  # until it is read again it names special tokens by their old ids

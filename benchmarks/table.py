@@ -79,7 +79,12 @@ def planning(figures: Figures) -> Iterator[Row]:
 
 
 def preparation(figures: Figures) -> Iterator[Row]:
-    for name in ("text alone", "three pictures a row"):
+    for name in (
+        "text alone",
+        "three pictures a row",
+        "text alone, a token a word",
+        "three pictures a row, a token a word",
+    ):
         found = figures[name]
         what = f"a first start on {found['rows']:,} rows, {name}, against tokenizing them"
         yield at_most(what, found["cold_over_tokenizer"], 1.3, " times")
@@ -149,6 +154,10 @@ def startup(figures: Figures) -> Iterator[Row]:
     rows = f"{checked['rows']:,} rows"
     for row in (
         at_most(f"`check` of {rows}, nothing remembered", checked["check, cold"]["seconds"], 10, " s"),
+        Row(
+            "the same with Tiny Mantis' tokenizer, a token a letter",
+            said(checked["check, Tiny Mantis, cold"]["seconds"], " s"),
+        ),
         at_most(f"`check` of {rows}, the second time", checked["check, warm"]["seconds"], 1, " s"),
         at_most(f"preparing {rows}, the second time", checked["preparing again"]["seconds"], 1, " s"),
     ):
