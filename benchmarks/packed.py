@@ -56,7 +56,7 @@ ROWS = {"real rows": 4, "mixture of lengths": 8}
 """Of a step."""
 FIRST_WORD = 16
 """Of the vocabulary, behind the special tokens."""
-TURNS = 9
+TURNS = 7
 """Of each way of taking a step: packs and single rows are within a few hundredths of each other."""
 COLLATED = 50
 """Packs that are collated each time, as one takes less than a millisecond."""
