@@ -37,7 +37,7 @@ from mantis_lite.recipe import MediaRecipe, load_recipe
 
 from . import results
 
-EXAMPLES = Path(__file__).parents[2] / "shared/data/mantis-examples/chat/train_images"
+EXAMPLES = results.SHARED / "mantis-examples/chat/train_images"
 A_SAMPLE, A_BATCH = 4, 4
 LARGE = (1600, 1200)
 

@@ -246,7 +246,7 @@ def _loaded(chunks: Chunks, wanted: Iterable[int], workers: int) -> Iterator[Rea
         batch_size=None,
         sampler=wanted,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         generator=torch.Generator(),  # or the numbers that are drawn later would depend on who reads
     )
     with _one_thread_each():
@@ -255,8 +255,9 @@ def _loaded(chunks: Chunks, wanted: Iterable[int], workers: int) -> Iterator[Rea
         yield from found
 
 
-def _as_it_is(read: Any) -> Any:
-    return read
+def as_it_is(found: Any) -> Any:
+    """For a DataLoader, which else makes tensors of what is found."""
+    return found
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from hashlib import file_digest, sha256
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import DiskError
 from ..files import write_whole
 from .lengths import cache_dir
-from .media import stream
+from .media import file_now, stream
 from .sample import Frame, Image
 from .vision import Pixels
 from .zipped import Zipped
@@ -57,8 +56,7 @@ class Features:
         """
         if isinstance(image.source, bytes):
             return sha256(image.source).hexdigest()
-        stat = os.stat(image.source.archive if isinstance(image.source, Zipped) else image.source)
-        known = (image.source, stat.st_size, stat.st_mtime_ns)
+        known = file_now(image.source)
         if known not in self._digests:
             with stream(image.source) as file:
                 self._digests[known] = file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -87,6 +87,12 @@ def stream(source: Path | bytes | Zipped) -> IO[bytes]:
     return source.open() if isinstance(source, Zipped) else source.open("rb")
 
 
+def file_now(source: Path | Zipped) -> tuple[Path | Zipped, int, int]:
+    """What tells a picture's file from every other, and from itself once changed: its size and time. Raises OSError."""
+    found = os.stat(source.archive if isinstance(source, Zipped) else source)
+    return source, found.st_size, found.st_mtime_ns
+
+
 def size(image: Image, sample: Sample, max_size: int | None = None) -> tuple[int, int]:
     """The (width, height) in pixels that `open_image` will return, from the header; raises SampleError."""
     return header(image, sample, max_size).size

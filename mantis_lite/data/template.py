@@ -258,18 +258,18 @@ class _Pieces:
         self.plain = not (wrap.close or self.chunk)
 
     def add(self, part: str | Token | Image, loss: bool) -> None:
-        if type(part) is str:
-            self.add_text(part, loss)
-        elif isinstance(part, Token):
-            self._flush()
-            self._append(part, 0 if loss else NEVER)
-        elif isinstance(part, Image):
+        if isinstance(part, Image):
             self.images += 1
             self.add_text(self.wrap.before(self.images), loss)
             self._flush()
             self.pieces.append(Piece(part, NEVER))
             self.begins = True
             self.add_text(self.wrap.after(self.images), loss)
+        elif isinstance(part, Token):
+            self._flush()
+            self._append(part, 0 if loss else NEVER)
+        else:
+            self.add_text(part, loss)
 
     def extend(self, finished: list[Piece]) -> None:
         """Add pieces that stand between tokens, and so need no joining."""

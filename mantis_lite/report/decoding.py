@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader
 
+from ..data import media
+from ..data.chunks import as_it_is
 from ..data.content import files_of
 from ..data.encode import Encoder
 from ..data.prepare import Samples
 from ..data.sample import Frame, Image, Sample
-from ..data.zipped import Zipped
 from ..errors import SampleError
 
 MOST_WORKERS = 16
@@ -49,7 +50,7 @@ def sound(
         rows,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
     )
     broken = []
 
@@ -63,10 +64,6 @@ def sound(
             rejects.append(fault)
             broken.append(at)
     return samples.take(np.delete(np.arange(len(samples)), broken)) if broken else samples
-
-
-def _as_it_is(found: list[Found]) -> list[Found]:
-    return found
 
 
 class Found(NamedTuple):
@@ -117,8 +114,7 @@ def _key(image: Image) -> int | None:
     if isinstance(image.source, bytes):
         return None
     try:
-        found = os.stat(image.source.archive if isinstance(image.source, Zipped) else image.source)
+        found = media.file_now(image.source)
     except (OSError, ValueError):  # decoding says what is wrong
         return None
-    place = image.at if isinstance(image, Frame) else None
-    return hash((str(image.source), place, found.st_size, found.st_mtime_ns))
+    return hash((found, image.at if isinstance(image, Frame) else None))

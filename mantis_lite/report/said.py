@@ -164,11 +164,9 @@ def _files(recipe: Recipe, found: Check) -> list[Seen] | None:
     if named is None:
         samples = chain(found.prepared.train, found.prepared.held_out or ())
         named = {file for sample in samples for file in named_files(sample)}
-    for file in named:
-        if file is None:
-            return None
-        paths.add(file)
-    seen = [_seen(path) for path in sorted(paths)]
+    if None in named:
+        return None
+    seen = [_seen(path) for path in sorted({*paths, *filter(None, named)})]
     return None if None in seen else seen  # type: ignore[return-value]
 
 
