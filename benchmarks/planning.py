@@ -34,7 +34,7 @@ import pyarrow
 from datasets import Dataset, disable_progress_bars
 from trl import pack_dataset
 
-from mantis_lite.data.packing import Length, fill, plan
+from mantis_lite.data.packing import Length, fill, longest_first, plan
 from mantis_lite.data.packs import Packs
 from mantis_lite.data.prepare import Samples
 from mantis_lite.data.schedule import schedule
@@ -123,9 +123,8 @@ def planner(tokens: np.ndarray) -> Packs:
 
 
 def ordered(tokens: np.ndarray) -> np.ndarray:
-    """A random order of samples, and then the longest first: what a plan over all of them begins with."""
-    order = np.random.default_rng(0).permutation(len(tokens))
-    return order[(MAX_LENGTH - tokens[order]).astype(np.uint16).argsort(kind="stable")]
+    """What a plan over all samples begins with."""
+    return longest_first(tokens, 0 * tokens, MAX_LENGTH, np.random.default_rng(0))
 
 
 def trl(tokens: np.ndarray) -> list[list[int]]:

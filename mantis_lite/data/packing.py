@@ -101,11 +101,17 @@ def _patch_units(patches: np.ndarray, budget: int) -> np.ndarray:
     return -(-patches * PATCH_UNITS // budget)
 
 
-def _packed(tokens: np.ndarray, units: np.ndarray, max_length: int, random: np.random.Generator) -> Packs:
+def longest_first(tokens: np.ndarray, units: np.ndarray, max_length: int, random: np.random.Generator) -> np.ndarray:
+    """The order in which samples are packed: by tokens, then by patch units, equal ones at random."""
     order = random.permutation(len(tokens))
     # Both stable, so that equal samples stay shuffled, and of few bits, which numpy sorts by their digits.
     for left in (PATCH_UNITS - units, max_length - tokens):
         order = order[left[order].astype(np.min_scalar_type(left.max(initial=0))).argsort(kind="stable")]
+    return order
+
+
+def _packed(tokens: np.ndarray, units: np.ndarray, max_length: int, random: np.random.Generator) -> Packs:
+    order = longest_first(tokens, units, max_length, random)
     pack_of, packs = _best_fit(tokens[order], units[order], max_length)
     members = order[np.argsort(pack_of, kind="stable")].astype(np.int32)
     return Packs(members, np.cumsum(np.bincount(pack_of, minlength=packs), dtype=np.int64))
