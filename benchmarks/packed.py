@@ -47,10 +47,9 @@ from mantis_lite.models.levels import levels_of, look_up
 from mantis_lite.recipe import load_recipe
 from mantis_lite.training.run import Run, start
 
-from . import results, small_llava
+from . import planning, results, small_llava
+from .preparation import EXAMPLES
 
-EXAMPLES = results.SHARED / "mantis-examples/chat/train.json"
-LENGTHS = results.SHARED / "lengths/lengths-720548.npz"
 MAX_LENGTH, PADDED = 8192, 4
 ROWS = {"real rows": 4, "mixture of lengths": 8}
 """Of a step."""
@@ -120,8 +119,7 @@ def rows_of_mixture(encoder: Encoder, rows: int) -> list[Encoded]:
 
 def mixture() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens of text, pictures and tokens in all of each sample of the mixture."""
-    with np.load(LENGTHS) as stored:
-        text, images = stored["text_tokens"].astype(np.int64), stored["images"].astype(np.int64)
+    text, images = (of.astype(np.int64) for of in planning.read(planning.LENGTHS))
     return text, images, text + images * small_llava.TOKENS
 
 
@@ -291,8 +289,8 @@ def kept_in_packs(run: Run) -> dict[str, Any]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    if not (EXAMPLES.is_file() and LENGTHS.is_file()):
-        raise SystemExit(f"{EXAMPLES} and {LENGTHS} are not beside this checkout")
+    if not (EXAMPLES.is_file() and planning.LENGTHS.is_file()):
+        raise SystemExit(f"{EXAMPLES} and {planning.LENGTHS} are not beside this checkout")
     torch.set_num_threads(1)
     keep_memory()
     with tempfile.TemporaryDirectory() as folder:
