@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import by_size, chat, recipe, write_rows
 
-from mantis_lite.data.chunks import CHUNK, FEW, MOST_WORKERS, workers_for
+from mantis_lite.data.chunks import CHUNK, MOST_WORKERS, ROWS_EACH, workers_for
 from mantis_lite.data.encode import Score
 from mantis_lite.data.prepare import Prepared, Samples, prepare
 from mantis_lite.errors import DataError, FitError, SampleError
@@ -142,8 +142,9 @@ def test_random_numbers_do_not_depend_on_who_reads(tmp_path):
 
 def test_few_rows_are_read_by_one_process_and_many_by_as_many_as_there_are_cores():
     cores = len(os.sched_getaffinity(0))
-    assert workers_for(FEW - 1) == 0
-    assert workers_for(FEW) == (min(cores, MOST_WORKERS) if cores > 1 else 0)
+    assert workers_for(2 * ROWS_EACH - 1) == 0
+    assert workers_for(2 * ROWS_EACH) == (2 if cores > 1 else 0)
+    assert workers_for(MOST_WORKERS * ROWS_EACH) == (min(cores, MOST_WORKERS) if cores > 1 else 0)
 
 
 def dying(times: int, folder: Path):

@@ -35,8 +35,8 @@ CHUNK = 256
 """Rows measured together, so that the tokenizer works on many texts at once."""
 AHEAD = 2
 """Chunks that are tokenised at once, so that no core waits while Python takes what was found."""
-FEW = 20_000
-"""Rows that are read sooner than processes are started for them."""
+ROWS_EACH = 2_000
+"""Rows that are read in the time it takes to start a process for them, or in more."""
 MOST_WORKERS = 32
 """Processes that read: the disk is the slowest then."""
 
@@ -195,11 +195,11 @@ def too_large(sample: Sample, length: Measured, packing: PackingRecipe) -> FitEr
 
 
 def workers_for(rows: int) -> int:
-    """Processes that read so many rows soonest: as many as this one may use cores, or none for a few."""
-    if rows < FEW or sys.platform != "linux" or multiprocessing.current_process().daemon:  # those may start none
+    """Processes that read so many rows soonest: as many as this one may use cores, or fewer or none for few rows."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:  # those may start none
         return 0
-    cores = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    return cores if cores > 1 else 0
+    workers = min(rows // ROWS_EACH, len(os.sched_getaffinity(0)), MOST_WORKERS)
+    return workers if workers > 1 else 0
 
 
 def read_all(chunks: Chunks, workers: int) -> Generator[Read]:

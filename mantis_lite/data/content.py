@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -22,29 +21,15 @@ class Content(NamedTuple):
     digest: int
 
 
-class _File(NamedTuple):
-    path: Path
-    found: os.stat_result
-
-    @property
-    def here(self) -> bytes:
-        return os.fsencode(f"{self.path}\0{self.found.st_size}\0{self.found.st_mtime_ns}")
-
-    @property
-    def anywhere(self) -> bytes:
-        return os.fsencode(f"{self.path.name}\0{0 if stat.S_ISDIR(self.found.st_mode) else self.found.st_size}")
-
-
 def content_of(sample: Sample) -> Content | None:
     """The hashes of a sample; None where a file of it cannot be found, or its path cannot be one."""
     try:
-        parts = list(_parts(sample))
+        parts = _Parts(sample)
     except (OSError, ValueError):
         return None
     labels = b"null" if sample.labels is None else json.dumps(sample.labels, sort_keys=True, default=str).encode()
-    here = [part if isinstance(part, bytes) else part.here for part in parts]
-    anywhere = [part if isinstance(part, bytes) else part.anywhere for part in parts]
-    return Content(_hash(here, 16), int.from_bytes(_hash([*anywhere, labels], 8), "little", signed=True))
+    digest = int.from_bytes(_hash([*parts.anywhere, labels], 8), "little", signed=True)
+    return Content(_hash(parts.here, 16), digest)
 
 
 def files_of(sample: Sample) -> list[Path] | None:
@@ -59,38 +44,54 @@ def files_of(sample: Sample) -> list[Path] | None:
     return files if len(files) == len(found) else None
 
 
-def _parts(sample: Sample) -> Iterator[bytes | _File | Zipped]:
-    for turn in sample.turns:
-        yield turn.role.encode()
-        for part in turn.content:
-            if isinstance(part, str):
-                yield part.encode(errors="surrogatepass")
-            else:
-                yield from _of_video(part) if isinstance(part, Video) else _of_image(part)
+class _Parts:
+    """A sample piece by piece, as bytes: what each is known by `here`, and `anywhere`. Raises OSError, ValueError."""
 
+    def __init__(self, sample: Sample) -> None:
+        self.here: list[bytes] = []
+        self.anywhere: list[bytes] = []
+        for turn in sample.turns:
+            self._add(turn.role.encode())
+            for part in turn.content:
+                if isinstance(part, str):
+                    self._add(part.encode(errors="surrogatepass"))
+                elif isinstance(part, Video):
+                    self._add_video(part)
+                else:
+                    self._add_image(part)
 
-def _of_image(image: Image) -> Iterator[bytes | _File | Zipped]:
-    if isinstance(image.source, bytes):
-        yield from (b"bytes", image.source)
-    elif isinstance(image.source, Zipped):
-        yield image.source
-    else:
-        yield _of_file(image.source)
+    def _add(self, piece: bytes) -> None:
+        self.here.append(piece)
+        self.anywhere.append(piece)
 
+    def _add_image(self, image: Image) -> None:
+        if isinstance(image.source, bytes):
+            self._add(b"bytes")
+            self._add(image.source)
+        elif isinstance(image.source, Zipped):
+            self.here.append(image.source.here)
+            self.anywhere.append(image.source.anywhere)
+        else:
+            self._add_file(image.source)
 
-def _of_video(video: Video) -> Iterator[bytes | _File | Zipped]:
-    yield f"{'frames' if isinstance(video.source, tuple) else 'clip'}\0{video.start}\0{video.end}".encode()
-    if isinstance(video.source, tuple):
-        for image in video.source:
-            yield from _of_image(image)
-    else:
-        yield _of_file(video.source)
-        if video.source.is_dir():
-            yield from (_of_file(file) for file in sorted(video.source.iterdir()))
+    def _add_video(self, video: Video) -> None:
+        kind = "frames" if isinstance(video.source, tuple) else "clip"
+        self._add(f"{kind}\0{video.start}\0{video.end}".encode())
+        if isinstance(video.source, tuple):
+            for image in video.source:
+                self._add_image(image)
+        else:
+            self._add_file(video.source)
+            if video.source.is_dir():
+                for file in sorted(video.source.iterdir()):
+                    self._add_file(file)
 
-
-def _of_file(path: Path) -> _File:
-    return _File(path, os.stat(path))
+    def _add_file(self, path: Path) -> None:
+        name = os.fsencode(path)
+        found = os.stat(name)
+        size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+        self.here.append(b"%b\0%d\0%d" % (name, found.st_size, found.st_mtime_ns))
+        self.anywhere.append(b"%b\0%d" % (name.rpartition(b"/")[2], size))
 
 
 def _hash(parts: list[bytes], size: int) -> bytes:

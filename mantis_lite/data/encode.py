@@ -31,6 +31,9 @@ IGNORE = -100
 BLANKS: tuple[Size, ...] = ((28, 28), (280, 28))
 """Shapes of a blank picture: the one of fewer patches is taken, as a narrow one may have fewer tiles."""
 
+TEXTS = 128
+"""Texts tokenised at once: of more, memory has to be found for what is found, which takes longer."""
+
 GREY = (64, 64, 64)
 """The colour of a blank picture. Middle grey could become 0, which Idefics' models take for padding."""
 
@@ -150,7 +153,9 @@ class Encoder:
         return finish
 
     def _counts(self, texts: list[str]) -> list[int]:
-        return [*map(len, self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))]
+        batches = (texts[at : at + TEXTS] for at in range(0, len(texts), TEXTS))
+        found = (self.tokenizer.encode_batch_fast(batch, add_special_tokens=False) for batch in batches)
+        return [*map(len, chain.from_iterable(found))]
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's tensors; opens its pictures and clips. Raises SampleError."""
@@ -343,10 +348,10 @@ def _measured(
         return written
     if isinstance(pictures, SampleError):
         return pictures
-    text = 0
+    found = pictures.tokens
     for content, _ in written[1]:
         if type(content) is str:
-            text += tokens[content]
+            found += tokens[content]
         elif type(content) is Token:
-            text += 1
-    return pictures._replace(tokens=text + pictures.tokens)
+            found += 1
+    return Measured(found, *pictures[1:])

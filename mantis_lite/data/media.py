@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from stat import S_ISREG
 from typing import IO, NamedTuple
 from zipfile import BadZipFile
 
@@ -205,13 +204,13 @@ def _jpeg_size(source: Path | Zipped) -> tuple[int, int] | None:
 
 
 def _begin(source: Path | Zipped, most: int) -> bytes:
-    """At most so many bytes that a picture's file begins with; none of what is no file. Raises OSError."""
+    """At most so many bytes that a picture's file begins with. Raises OSError, also of what is no file."""
     if isinstance(source, Zipped):
         with source.open() as file:
             return file.read(most)
     file_number = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe is else to wait for who writes to it
     try:
-        return os.read(file_number, most) if S_ISREG(os.fstat(file_number).st_mode) else b""
+        return os.read(file_number, most)
     finally:
         os.close(file_number)
 

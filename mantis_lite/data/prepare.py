@@ -23,7 +23,7 @@ from .lengths import LengthCache
 from .mixing import by_square_root
 from .mixture import sources_of
 from .sample import Sample
-from .shards import are_shards, open_shards
+from .shards import ShardRows, are_shards, open_shards
 from .source import Rows, open_source
 from .subsets import refuse_absent
 
@@ -213,7 +213,8 @@ class _Reader:
             self.prepared.notices.update(rows.dropped)
         drops = self.data.oversize == "drop"
         chunks = Chunks(all_rows, self.encoder, self.cache, self.packing, drops, self.problem)
-        workers = workers_for(sum(map(len, all_rows))) if self.workers is None else self.workers
+        unread = sum(len(rows) for rows in all_rows if not isinstance(rows, ShardRows))
+        workers = workers_for(unread) if self.workers is None else self.workers
         kept: list[np.ndarray] = []
         labels: list[RowLabels] = []
         with closing(read_all(chunks, workers)) as found:

@@ -83,8 +83,8 @@ class Sample:
 
     @property
     def images(self) -> tuple[Image, ...]:
-        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Image))
+        return tuple([part for turn in self.turns for part in turn.content if isinstance(part, Image)])
 
     @property
     def videos(self) -> tuple[Video, ...]:
-        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Video))
+        return tuple([part for turn in self.turns for part in turn.content if isinstance(part, Video)])
