@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -107,26 +107,32 @@ def learned(folder: Path, data: Path) -> Path:
     return small_llava.make(folder / "model", texts[: len(texts) // 10], words=WORDS)
 
 
-def measure(rows: int, images: int, model: str | None) -> dict[str, Any]:
+def measured(rows: int, images: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a tokenizer of letters comes to, and one of words."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_rows(Path(folder), rows, images)
-        model = model or str(learned(Path(folder), path))
-        recipe = load_recipe("chat", [f"data={path}", f"model={model}"])
-        encoder = open_checkpoint(recipe.model).encoder(recipe)
-        starts = Starts(recipe, encoder, Path(folder))
-        samples = starts.first().train
-        texts = [text_of(encoder, sample) for sample in samples]
-        ways: dict[str, Callable[[], Any]] = {
-            "tokenizer": lambda: [*map(len, encoder.tokenizer.encode_batch_fast(texts))],
-            "cold": starts.first,
-            "warm": starts.second,
-        }
+        yield "", measure(path, "tiny", Path(folder))
+        yield ", a token a word", measure(path, str(learned(Path(folder), path)), Path(folder))
 
-        def same(found: list[Any]) -> None:
-            tokens, *prepared = found
-            assert len(tokens) == rows and all((each.train.lengths == samples.lengths).all() for each in prepared)
 
-        seconds = results.interleaved(ways, same=same, warm=False)
+def measure(path: Path, model: str, folder: Path) -> dict[str, Any]:
+    recipe = load_recipe("chat", [f"data={path}", f"model={model}"])
+    encoder = open_checkpoint(recipe.model).encoder(recipe)
+    starts = Starts(recipe, encoder, Path(tempfile.mkdtemp(dir=folder)))
+    samples = starts.first().train
+    rows = len(samples)
+    texts = [text_of(encoder, sample) for sample in samples]
+    ways: dict[str, Callable[[], Any]] = {
+        "tokenizer": lambda: [*map(len, encoder.tokenizer.encode_batch_fast(texts))],
+        "cold": starts.first,
+        "warm": starts.second,
+    }
+
+    def same(found: list[Any]) -> None:
+        tokens, *prepared = found
+        assert len(tokens) == rows and all((each.train.lengths == samples.lengths).all() for each in prepared)
+
+    seconds = results.interleaved(ways, same=same, warm=False)
     return {
         "rows": rows,
         "tokens_per_row": round(float(samples.lengths[:, 0].mean()), 1),
@@ -301,7 +307,7 @@ def measure_whole(tokens: np.ndarray, images: np.ndarray, shared: bool, model: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lengths", type=Path, nargs="?", default=planning.LENGTHS)
-    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--whole", type=int, nargs="?", const=planning.ALL, help="rows of a whole data set, or fewer")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--prepare", help="only prepare these rows, and print what it took")
@@ -317,9 +323,9 @@ def main() -> None:
         figures["a whole Mantis-Instruct"] = measure_whole(tokens, images, True, args.model)
     else:
         for name, images_a_row in (("text alone", 0), ("three pictures a row", 3)):
-            for words, model in (("", args.model), (", a token a word", None)):
-                figures[name + words] = measure(args.rows, images_a_row, model)
-                print(name + words, figures[name + words], flush=True)
+            for words, found in measured(args.rows, images_a_row):
+                figures[name + words] = found
+                print(name + words, found, flush=True)
         if EXAMPLES.is_file():
             figures["against others"] = against_others()
     print(json.dumps(figures, indent=2))
