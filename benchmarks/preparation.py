@@ -77,23 +77,23 @@ def timed(call, *args):
     return time.perf_counter() - begun, result
 
 
-def run(recipe: Recipe, encoder: Encoder) -> Prepared:
-    return prepare(recipe.data, recipe.packing, encoder)
+def run(recipe: Recipe, encoder: Encoder, workers: int | None = None) -> Prepared:
+    return prepare(recipe.data, recipe.packing, encoder, workers=workers)
 
 
 class Starts:
-    """First and second starts: each first one with an empty cache of its own, in a folder."""
+    """First and second starts: each first one with an empty cache of its own, in a folder; by so many processes."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, folder: Path) -> None:
-        self.recipe, self.encoder, self.folder = recipe, encoder, folder
+    def __init__(self, recipe: Recipe, encoder: Encoder, folder: Path, workers: int | None = None) -> None:
+        self.recipe, self.encoder, self.folder, self.workers = recipe, encoder, folder, workers
         self.caches = count()
 
     def first(self) -> Prepared:
         os.environ["MANTIS_LITE_CACHE"] = str(self.folder / f"cache-{next(self.caches)}")
-        return run(self.recipe, self.encoder)
+        return run(self.recipe, self.encoder, self.workers)
 
     def second(self) -> Prepared:
-        return run(self.recipe, self.encoder)
+        return run(self.recipe, self.encoder, self.workers)
 
 
 def text_of(encoder: Encoder, sample: Any) -> str:

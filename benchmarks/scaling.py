@@ -89,13 +89,17 @@ def planned() -> dict[str, Any]:
 def prepared(
     folder: Path, sizes: Sequence[int], rows: Sequence[int], pictures: Sequence[int], unit: str
 ) -> dict[str, Any]:
-    """First starts on so many rows of so many pictures, of which there are drawn ones in the folder `pictures`."""
+    """First starts on so many rows of so many pictures, of which there are drawn ones in the folder `pictures`.
+
+    This process alone reads them: it is its time that is told.
+    """
     starts = {}
     for size, count, images in zip(sizes, rows, pictures, strict=True):
         path = folder / f"rows-{count}-{images}.jsonl"
         write_rows(path, count, images)
         recipe = load_recipe("chat", [f"data={path}", "model=tiny", "data.oversize=drop"])
-        starts[size] = Starts(recipe, open_checkpoint(recipe.model).encoder(recipe), folder / f"caches-{path.stem}")
+        encoder = open_checkpoint(recipe.model).encoder(recipe)
+        starts[size] = Starts(recipe, encoder, folder / f"caches-{path.stem}", workers=0)
 
     def same(found: list[Any]) -> None:
         assert [each.rows_read for each in found] == list(rows)

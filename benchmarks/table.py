@@ -222,10 +222,11 @@ ROWS: dict[str, tuple[str, Callable[[Figures], Iterator[Row]]]] = {
 LIMITS = {
     "planning": "A packer that does not look back, or at 1,000 samples at a time, is so quick that a twentieth of its "
     "time is about what it takes to put all samples in order.",
-    "preparation": "Rows are parsed, checked and hashed, and pictures' headers read, by Python on one core, while the "
-    "tokenizer takes what is left of them: alone it has both.",
-    "pictures": "Of large pictures most of `pil`'s time is their decoding to the bit, as Pillow does it for the "
-    "processor too. And where all pictures have one shape there is no padding to save: 3 bytes a pixel, of 20.",
+    "preparation": "Rows are parsed, checked and hashed, and pictures' headers read, by Python, on the cores that the "
+    "tokenizer has for itself when it is alone.",
+    "pictures": "Of large pictures most of the time is their decoding: `pil`'s to the bit, as Pillow does it for the "
+    "processor too, and `fast`'s whole where the model sees more than half of a side. And where all pictures have one "
+    "shape there is no padding to save: 3 bytes a pixel, of 20.",
 }
 """Why a target of a benchmark may be out of reach: said below its table where one is not met."""
 
