@@ -107,7 +107,7 @@ def learned(folder: Path, data: Path) -> Path:
     return small_llava.make(folder / "model", texts[: len(texts) // 10], words=WORDS)
 
 
-def measured(rows: int, images: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def by_tokenizer(rows: int, images: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a tokenizer of letters comes to, and one of words."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_rows(Path(folder), rows, images)
@@ -323,7 +323,7 @@ def main() -> None:
         figures["a whole Mantis-Instruct"] = measure_whole(tokens, images, True, args.model)
     else:
         for name, images_a_row in (("text alone", 0), ("three pictures a row", 3)):
-            for words, found in measured(args.rows, images_a_row):
+            for words, found in by_tokenizer(args.rows, images_a_row):
                 figures[name + words] = found
                 print(name + words, found, flush=True)
         if EXAMPLES.is_file():

@@ -36,7 +36,7 @@ CHUNK = 256
 AHEAD = 2
 """Chunks that are tokenised at once, so that no core waits while Python takes what was found."""
 ROWS_EACH = 2_000
-"""Rows that are read in the time it takes to start a process for them, or in more."""
+"""Rows for which a process is worth its start: fewer are read before it would have begun."""
 MOST_WORKERS = 32
 """Processes that read: the disk is the slowest then."""
 
