@@ -116,6 +116,7 @@ def by_tokenizer(rows: int, images: int) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def measure(path: Path, model: str, folder: Path) -> dict[str, Any]:
+    """Rows a second by the tokenizer alone, and of first and second starts."""
     recipe = load_recipe("chat", [f"data={path}", f"model={model}"])
     encoder = open_checkpoint(recipe.model).encoder(recipe)
     starts = Starts(recipe, encoder, Path(tempfile.mkdtemp(dir=folder)))

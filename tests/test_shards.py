@@ -200,6 +200,8 @@ def test_nothing_is_read_or_measured_before_it_is_trained_on(llava_folder, tmp_p
     shard(made, str(tmp_path / "shards"), shard_size=8000)
     monkeypatch.setattr("mantis_lite.data.shards.Shards.sample", None)
     monkeypatch.setattr("mantis_lite.data.encode.Encoder.begin_measure", None)
+    monkeypatch.setattr("mantis_lite.data.chunks.ROWS_EACH", 1)  # of rows to be read it would start processes
+    monkeypatch.setattr("mantis_lite.data.chunks._loaded", None)
     found, _ = samples_of(recipe_of("classify", llava_folder, str(tmp_path / "shards")))
     assert len(found.train) == ROWS and len(pack_epoch(found.train, made.packing)) > 1
 

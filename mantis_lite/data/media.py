@@ -204,7 +204,7 @@ def _jpeg_size(source: Path | Zipped) -> tuple[int, int] | None:
 
 
 def _begin(source: Path | Zipped, most: int) -> bytes:
-    """At most so many bytes that a picture's file begins with. Raises OSError, also of what is no file."""
+    """At most so many bytes that a picture's file begins with. Raises OSError, as of a folder."""
     if isinstance(source, Zipped):
         with source.open() as file:
             return file.read(most)
