@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .changes import changes
 from .conflicts import CLIP_KEYS
 from .data.encode import Encoder
 from .data.prepare import Prepared
@@ -164,7 +165,7 @@ class Contract(_Fields):
 
     def refuse_others(self, name: str, checkpoint: Checkpoint, encoder: Encoder) -> None:
         """Raise RecipeError where prompts or pictures would come to something else than `name` was trained on."""
-        for what, before, now in _different(self.facts.model_dump(), facts_of(checkpoint, encoder).model_dump()):
+        for what, before, now in changes(self.facts.model_dump(), facts_of(checkpoint, encoder).model_dump()):
             raise RecipeError(
                 f"{name}: was trained with {what} {before}, and here it is {now}\n"
                 f"  Use it as it was trained: {NAME} beside it says how, and by which versions."
@@ -318,13 +319,3 @@ def _is_path(value: Any) -> bool:
 
 def _hash(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _different(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys that differ, with both values."""
-    for key in before:
-        one, other = before[key], now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _different(one, other, f"{prefix}{key}.")
-        elif one != other:
-            yield prefix + key, one, other

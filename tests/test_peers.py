@@ -92,12 +92,13 @@ def a_round(seconds: float, **more) -> dict:
     return {"seconds": seconds, "preparing_seconds": seconds / 10, "peak_mb": 100 * seconds, **more}
 
 
-def a_case(loss: float = 2.0, labels: int = 40, tokens: int = 200) -> dict:
+def a_case(loss: float = 2.0, labels: int = 40, tokens: int = 200, seconds=(1.0, 2.0, 4.0), begun="now") -> dict:
     told = {"loss": loss, "labels": labels, "tokens": tokens, "trained": 39_424}
     return {
+        "begun": begun,
         "versions": {"ms-swift": "4.6.0", "mantis-lite": "0.1.0"},
         "first": a_round(9.0, **told),
-        "rounds": [a_round(seconds, **told) for seconds in (1.0, 2.0, 4.0)],
+        "rounds": [a_round(each, **told) for each in seconds],
     }
 
 
@@ -127,14 +128,29 @@ def test_a_loss_is_compared_over_the_same_tokens(case, words):
     assert table.agreement(case, figures) == words
 
 
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        (a_case(), "1.00 (1.00-1.00)"),
+        (a_case(seconds=(2.0, 3.0, 5.0)), "1.50 (1.25-2.00)"),
+        (a_case(seconds=(5.0, 2.0, 1.0)), "1.00 (0.25-5.00)"),
+        (a_case(begun="before"), "not compared"),
+    ],
+)
+def test_times_are_compared_turn_by_turn(case, words):
+    assert table.against_packs(case, {"cases": {"ours, packed": a_case()}}) == words
+    assert table.against_packs(case, {"cases": {"ours, packed": a_case() | {"says": "killed"}}}) == "not compared"
+    assert table.against_packs(case, {"cases": {}}) == "not compared"
+
+
 def test_the_table_has_what_a_tool_says_that_does_not_train():
     refused = {"versions": {"ms-swift": "4.6.0"}, "rounds": [], "first": None, "says": "ValueError: not here"}
     measured = {"date": "2026-01-01", "device": "a CPU", "versions": {"torch": "2"}}
     figures = {"setting": SETTING, "cases": {"ours, 1 row": a_case(), "swift, packing": refused}}
     found = list(table.lines(measured | {"figures": figures}))
     assert found[0].endswith("; 39,424 parameters train. Median (lowest-highest) of 3 rounds.")
-    assert found[-2].startswith("| mantis_lite 0.1.0 | 1 row | 4.00 (2.00-8.00) | 20.0 (10.0-40.0) |")
-    assert found[-1] == '| ms-swift 4.6.0 | packing | does not train: "not here" | | | | | | |'
+    assert found[-2].startswith("| mantis_lite 0.1.0 | 1 row | 4.00 (2.00-8.00) | not compared | 20.0 (10.0-40.0) |")
+    assert found[-1] == '| ms-swift 4.6.0 | packing | does not train: "not here" | | | | | | | |'
     late = {"setting": SETTING, "cases": {"ours, 1 row": a_case(), "swift, packing": a_case() | {"says": "killed"}}}
     assert 'does not train: "killed"' in list(table.lines(measured | {"figures": late}))[-1]
     assert len({line.count("|") for line in found[2:]}) == 1

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,13 @@ def measured(cases: Sequence[Case], folder: Path, told: dict[str, Any], rounds: 
     """Every case's rounds, which are taken by turns; of a case that ends before them, what it said."""
     settings = {"model": f"{folder}/model", "rows": str(folder), "rounds": rounds, "limit": told["limit"]}
     found: dict[str, Any] = {}
+    begun = datetime.now().isoformat(timespec="seconds")
     with ExitStack() as running:
         workers = []
         for case in cases:
             worker = Worker(case, settings, folder, told["threads"])
             running.callback(worker.close)
-            found[case.name] = {"date": date.today().isoformat(), "rounds": []} | (worker.answer() or {})
+            found[case.name] = {"begun": begun, "rounds": []} | (worker.answer() or {})
             found[case.name]["first"] = worker.answer()
             print(case.name, worker.failed or found[case.name]["first"], flush=True)
             workers.append(worker)

@@ -15,7 +15,7 @@ README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 SAME = 1e-5
 """By how much of it a loss may be off and count as the same: float32, in another order."""
-REFERENCE = f"ours, {SINGLE}"
+REFERENCE, PACKS = f"ours, {SINGLE}", "ours, packed"
 
 
 def lines(measured: dict[str, Any]) -> Iterator[str]:
@@ -31,10 +31,10 @@ def lines(measured: dict[str, Any]) -> Iterator[str]:
     yield f"{measured['date']}, {machine}: {rows}; {trained}. Median (lowest-highest) of {rounds}."
     yield ""
     yield (
-        "| tool | rows go in as | samples a second | label tokens a second | inputs made, samples a second | padding "
-        "| peak above start, MB | tokens with loss | loss |"
+        "| tool | rows go in as | samples a second | times the time of our packs | label tokens a second "
+        "| inputs made, samples a second | padding | peak above start, MB | tokens with loss | loss |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for case in CASES:
         if case.name in cases:
             yield _row(case, cases[case.name], figures)
@@ -66,6 +66,15 @@ def agreement(case: dict[str, Any], figures: dict[str, Any]) -> str:
     return "the same" if off <= SAME else f"off by {off:.1%}"
 
 
+def against_packs(case: dict[str, Any], figures: dict[str, Any]) -> str:
+    """How many times as long as this package's packs it takes, turn by turn, where both took turns."""
+    packs = figures["cases"].get(PACKS, {})
+    if "says" in packs or case["begun"] != packs.get("begun"):
+        return "not compared"
+    seconds, ours = ([each["seconds"] for each in of["rounds"]] for of in (case, packs))
+    return _rate(_spread(results.quotients(seconds, ours)))
+
+
 def _spread(values: list[float]) -> tuple[float, float, float]:
     return median(values), min(values), max(values)
 
@@ -79,9 +88,9 @@ def _row(case: Case, found: dict[str, Any], figures: dict[str, Any]) -> str:
     tool = f"{NAMES[case.tool]} {found.get('versions', {}).get(PACKAGES[case.tool], '')}".strip()
     if "says" in found:
         words = found["says"].partition(": ")[2] or found["says"]
-        return f'| {tool} | {case.words} | does not train: "{words}" | | | | | | |'
+        return f'| {tool} | {case.words} | does not train: "{words}" | | | | | | | |'
     what = summary(found, figures["setting"])
-    cells = [_rate(what[name]) for name in ("samples", "label_tokens", "inputs")]
+    cells = [_rate(what["samples"]), against_packs(found, figures), _rate(what["label_tokens"]), _rate(what["inputs"])]
     cells += [f"{what['padding']:.1%}", f"{what['peak_mb']:,.0f}", f"{what['with_loss']:.1%}"]
     return " | ".join([f"| {tool}", case.words, *cells, f"{what['loss']:.4f}, {agreement(found, figures)} |"])
 

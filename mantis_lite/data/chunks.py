@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 from ..errors import DataError, FitError, SampleError
 from ..recipe import PackingRecipe, Problem
 from .content import Content, content_of
-from .deaths import MOST_DEATHS, TOLD, died
+from .deaths import MOST_DEATHS, TOLD, died, hear_in_turn
 from .encode import Encoder
 from .labels import RowLabels, read_labels
 from .lengths import LengthCache, Measured, records_of
@@ -251,27 +250,17 @@ def _loaded(chunks: Chunks, wanted: Iterable[int], workers: int) -> Iterator[Rea
     )
     with _one_thread_each():
         found = iter(loader)
-    with _deaths_heard_in_turn():
+    heard = hear_in_turn()
+    try:
         yield from found
+    finally:
+        if heard is not None:
+            signal.signal(signal.SIGCHLD, heard)
 
 
 def as_it_is(found: Any) -> Any:
     """For a DataLoader, which else makes tensors of what is found."""
     return found
-
-
-@contextmanager
-def _deaths_heard_in_turn() -> Iterator[None]:
-    """Torch tells of a death when a chunk is asked for, and not wherever this process is, with half a chunk counted."""
-    heard = signal.getsignal(signal.SIGCHLD)
-    if heard is None or threading.current_thread() is not threading.main_thread():  # where Python hears no signals
-        yield
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, heard)
 
 
 @contextmanager

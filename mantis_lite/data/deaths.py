@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from traceback import clear_frames
+from typing import Any
 
 MOST_DEATHS = 3
 """So many are forgiven before what they were at is given up."""
@@ -29,3 +32,16 @@ def died(error: Exception) -> set[int]:
     if not found:
         return set()
     return {int(process) for process in (found[1] or "").split(",") if process}
+
+
+def hear_in_turn() -> Any:
+    """Hear of a death when a batch is asked for: torch raises it wherever this process is, with half a batch counted.
+
+    Returns what heard of it before, for `signal.signal`; None where nothing was changed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python hears no signals
+        return None
+    heard = signal.getsignal(signal.SIGCHLD)
+    if heard is not None:  # what is not Python's could not be put back
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return heard

@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ..changes import changes
 from ..data.labels import Labels, some
 from ..data.prepare import Prepared, Samples
 from ..data.schedule import Schedule
@@ -145,16 +146,8 @@ def _refusal(run_dir: Path, changed: list[str]) -> ResumeError:
 def _changes(before: Recipe, now: Recipe) -> Iterator[str]:
     """The keys that differ, each with both values; a folder that was moved is the same run."""
     place = {"run_dir"}
-    yield from _differences(before.model_dump(mode="json", exclude=place), now.model_dump(mode="json", exclude=place))
-
-
-def _differences(before: dict, now: dict, prefix: str = "") -> Iterator[str]:
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key}: {_short(old)} before, {_short(new)} now"
+    for change in changes(before.model_dump(mode="json", exclude=place), now.model_dump(mode="json", exclude=place)):
+        yield f"{change.key}: {_short(change.before)} before, {_short(change.now)} now"
 
 
 def _short(value: object) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -14,7 +12,7 @@ from accelerate import skip_first_batches
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..data.collate import Batch
-from ..data.deaths import MOST_DEATHS, TOLD, died
+from ..data.deaths import MOST_DEATHS, TOLD, died, hear_in_turn
 from ..errors import DataError
 
 log = logging.getLogger("mantis_lite")
@@ -98,13 +96,7 @@ class Feed:
                 self.batches = iter(skip_first_batches(self.loader, self.taken))
             else:
                 if self.hears:
-                    _hear_no_children()
+                    hear_in_turn()
                     self.hears = False
                 self.taken += 1
                 return batch
-
-
-def _hear_no_children() -> None:
-    """Hear of a worker's death when its batch is asked for: torch raises it wherever the trainer happens to be."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
