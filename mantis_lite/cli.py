@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .cycles import no_cycle_collection
-from .process import leave, prepare_process
+from .process import cores, leave, prepare_process
 from .shown import (
     printable,
     show_check,
@@ -550,7 +550,7 @@ def prepare_data(
     prepare_process()
     from .sharding import shard
 
-    done = shard(loaded, to, engine, layout, size, workers or os.cpu_count() or 1, _watched("writing shards"))
+    done = shard(loaded, to, engine, layout, size, workers or cores(), _watched("writing shards"))
     show_shards(done)
 
 

@@ -1,4 +1,4 @@
-"""What a process is told before it trains or answers, of the libraries it stands on; and how it ends."""
+"""What a process is told before it trains or answers, of the libraries it stands on; its cores; and how it ends."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def prepare_process() -> None:
     # What is wrong with a file is told once, in our words; pictures are refused at half the size that Pillow warns of.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave(code: int) -> NoReturn:

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import DataError, FitError, SampleError
+from ..process import cores
 from ..recipe import PackingRecipe, Problem
 from .content import Content, content_of
 from .deaths import MOST_DEATHS, TOLD, died, hear_in_turn
@@ -197,7 +198,7 @@ def workers_for(rows: int) -> int:
     """Processes that read so many rows soonest: as many as this one may use cores, or fewer or none for few rows."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:  # those may start none
         return 0
-    workers = min(rows // ROWS_EACH, len(os.sched_getaffinity(0)), MOST_WORKERS)
+    workers = min(rows // ROWS_EACH, cores(), MOST_WORKERS)
     return workers if workers > 1 else 0
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import RecipeError
+from ..process import cores
 from ..recipe import Part, Recipe
 from .activations import keep_less
 from .adapters import HEAD, part_of
@@ -33,7 +34,7 @@ from .small_files import unreadable
 def loader_workers() -> int:
     """Processes that decode pictures beside each GPU; on a CPU they would only take its cores."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(1, len(os.sched_getaffinity(0)) // beside)) if torch.cuda.is_available() else 0
+    return min(4, max(1, cores() // beside)) if torch.cuda.is_available() else 0
 
 
 def load_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +18,7 @@ from ..data.encode import Encoder
 from ..data.prepare import Samples
 from ..data.sample import Frame, Image, Sample
 from ..errors import SampleError
+from ..process import cores
 
 MOST_WORKERS = 16
 """Processes that decode: the disk is the slowest then."""
@@ -42,9 +42,8 @@ def sound(
 ) -> Samples:
     """Those whose pictures and clips can be decoded, their `files`; what is wrong with the others joins `rejects`."""
     pictured = np.flatnonzero(samples.images)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, MOST_WORKERS, len(pictured))
-    each = min(AT_A_TIME, 1 + len(pictured) // (4 * cores))  # of a few rows all processes have some
+    workers = min(cores(), MOST_WORKERS, len(pictured))
+    each = min(AT_A_TIME, 1 + len(pictured) // (4 * cores()))  # of a few rows all processes have some
     rows = Decoded(samples, [pictured[at : at + each] for at in range(0, len(pictured), each)], encoder)
     loaded: Iterable[list[Found]] = DataLoader(
         rows,  # type: ignore[arg-type]

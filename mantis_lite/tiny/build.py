@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -35,6 +34,7 @@ from ..models.attention import use_attention
 from ..models.levels import levels_of, look_up
 from ..models.llava import LLAVA
 from ..models.llava import vision as llava_vision
+from ..process import cores
 from ..recipe import MediaRecipe
 from . import layout, tasks
 from .pictures import COLOURS, SHAPES, THINGS, Thing, draw
@@ -185,7 +185,7 @@ def descend(
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     wave = LambdaLR(optimizer, lambda n: min(1, (n + 1) / 50) * max(0.05, (1 + math.cos(math.pi * n / total)) / 2))
     # On a CPU, workers would only take the cores that train.
-    workers = os.cpu_count() or 1 if device.type == "cuda" else 0
+    workers = cores() if device.type == "cuda" else 0
     for step, batch in enumerate(DataLoader(steps, batch_size=None, num_workers=workers), 1):
         loss = loss_of({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
         loss.backward()

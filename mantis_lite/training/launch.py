@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..errors import RecipeError
+from ..process import cores
 from ..recipe import LaunchRecipe
 
 GRACE = "600"
@@ -33,7 +34,7 @@ def launch(
     """
     config = launch_config(asked, use_cpu, environ)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.nproc_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // config.nproc_per_node)))
     try:
         elastic_launch(config, sys.executable)("-m", "mantis_lite", *words)
     except ChildFailedError as error:
