@@ -224,7 +224,7 @@ ROWS: dict[str, tuple[str, Callable[[Figures], Iterator[Row]]]] = {
 
 LIMITS = {
     "planning": "A packer that does not look back, or at 1,000 samples at a time, is so quick that a twentieth of its "
-    "time is about what it takes to put all samples in order.",
+    "time is less than it takes to put all samples in order, with which a better fill begins.",
     "preparation": "Rows are parsed, checked and hashed, and pictures' headers read, by Python, on the cores that the "
     "tokenizer has for itself when it is alone.",
     "pictures": "Of large pictures most of the time is their decoding: `pil`'s to the bit, as Pillow does it for the "
