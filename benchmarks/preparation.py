@@ -100,26 +100,27 @@ def text_of(encoder: Encoder, sample: Any) -> str:
     return "".join(piece.content for piece in encoder.render(sample) if type(piece.content) is str)
 
 
-def learned(folder: Path, data: Path) -> Path:
-    """A small model whose tokenizer has the rows' words."""
+def learned(data: Path) -> Path:
+    """A small model, beside the rows, whose tokenizer has their words."""
     texts = [turn["content"] for line in data.open() for turn in json.loads(line)["messages"]]
-    (folder / "model").mkdir()
-    return small_llava.make(folder / "model", texts[: len(texts) // 10], words=WORDS)
+    folder = data.with_name("model")
+    folder.mkdir()
+    return small_llava.make(folder, texts[: len(texts) // 10], words=WORDS)
 
 
 def by_tokenizer(rows: int, images: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a tokenizer of letters comes to, and one of words."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_rows(Path(folder), rows, images)
-        yield "", measure(path, "tiny", Path(folder))
-        yield ", a token a word", measure(path, str(learned(Path(folder), path)), Path(folder))
+        yield "", measure(path, "tiny")
+        yield ", a token a word", measure(path, str(learned(path)))
 
 
-def measure(path: Path, model: str, folder: Path) -> dict[str, Any]:
+def measure(path: Path, model: str) -> dict[str, Any]:
     """Rows a second by the tokenizer alone, and of first and second starts."""
     recipe = load_recipe("chat", [f"data={path}", f"model={model}"])
     encoder = open_checkpoint(recipe.model).encoder(recipe)
-    starts = Starts(recipe, encoder, Path(tempfile.mkdtemp(dir=folder)))
+    starts = Starts(recipe, encoder, path.parent)  # an encoder finds no other's lengths in a cache
     samples = starts.first().train
     rows = len(samples)
     texts = [text_of(encoder, sample) for sample in samples]
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("lengths", type=Path, nargs="?", default=planning.LENGTHS)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--whole", type=int, nargs="?", const=planning.ALL, help="rows of a whole data set, or fewer")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="tiny", help="of --whole and --prepare")
     parser.add_argument("--prepare", help="only prepare these rows, and print what it took")
     args = parser.parse_args()
     if args.prepare:

@@ -105,7 +105,7 @@ def checked(rows: int) -> dict[str, Any]:
     some = np.linspace(0, len(text) - 1, rows).astype(int)
     with tempfile.TemporaryDirectory() as folder:
         data = make_whole(Path(folder), text[some], images[some], shared=True)
-        settings = [f"data={data}", f"model={learned(Path(folder), data)}", "packing.max_length=65536"]
+        settings = [f"data={data}", f"model={learned(data)}", "packing.max_length=65536"]
         caches = iter(range(1_000))
         latest = ""
 

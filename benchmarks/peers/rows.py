@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-EXAMPLES = Path(__file__).parents[3] / "shared/data/mantis-examples/chat/train.json"
+from .. import results
+
+EXAMPLES = results.SHARED / "mantis-examples/chat/train.json"
 MARK = "<image>"
 WORDS = ("red", "circle", "image", "which", "square", "the", "shows", "is", "and", "two")
 
