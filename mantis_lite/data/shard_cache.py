@@ -60,7 +60,8 @@ class ShardCache:
             self._make_room(part, place, file)
             try:
                 self._get(place, file, part)
-                os.replace(part, path)
+                with FileLock(self.folder / ROOM):  # who looks for room might see it under neither name
+                    os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
         return path
