@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from mantis_lite.errors import MantisError, Stopped
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training import charts, run
 
 from . import stock

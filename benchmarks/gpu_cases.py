@@ -16,7 +16,7 @@ import numpy as np
 from mantis_lite import tiny
 from mantis_lite.memory.estimate import GIB
 from mantis_lite.memory.overrides import TILE
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.report.probe import probe
 
 from . import card, gpu_kernels, gpu_peer, gpu_step

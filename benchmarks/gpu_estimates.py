@@ -12,7 +12,8 @@ from typing import Any
 from mantis_lite.memory.estimate import GIB, estimate
 from mantis_lite.memory.step import Pack, machine_of
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import ModelRecipe, load_recipe
+from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe_file import load_recipe
 
 from .gpu_models import small_files
 from .gpu_step import RECIPES

@@ -121,7 +121,8 @@ def text_rows(model: Path, file: Path, lengths: Sequence[int], supervised: float
     from mantis_lite.data.paths import MediaFolder
     from mantis_lite.data.schema import parse
     from mantis_lite.models.checkpoint import open_checkpoint
-    from mantis_lite.recipe import ModelRecipe, load_recipe
+    from mantis_lite.recipe import ModelRecipe
+    from mantis_lite.recipe_file import load_recipe
 
     random = np.random.default_rng(0)
     recipe = load_recipe("chat", [f"model={model}", f"data={file}"])

@@ -16,7 +16,8 @@ from transformers import AutoConfig, BitsAndBytesConfig, LlamaForCausalLM
 from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.schema import parse
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import ModelRecipe, load_recipe
+from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe_file import load_recipe
 
 from . import card
 from .gpu_models import Place, drawn

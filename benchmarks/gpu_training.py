@@ -21,7 +21,7 @@ from mantis_lite.memory.card import card_of
 from mantis_lite.memory.estimate import CONTEXT, GIB
 from mantis_lite.memory.packs import largest_packs
 from mantis_lite.memory.step import machine_of
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.training.picked import FILE
 from mantis_lite.training.run import Run, start
 

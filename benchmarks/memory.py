@@ -192,7 +192,7 @@ def on_cpu(model: Path, data: Path, tokens: int, overrides: Sequence[str]) -> di
     from mantis_lite.memory.estimate import estimate
     from mantis_lite.memory.packs import largest_packs
     from mantis_lite.memory.step import machine_of
-    from mantis_lite.recipe import make_recipe
+    from mantis_lite.recipe_file import make_recipe
     from mantis_lite.report.probe import peak_on_cpu
     from mantis_lite.training.run import start
 
@@ -276,7 +276,7 @@ def on_gpu(family: str, case: str, measured_gib: float, model: Path, data: Path)
     from mantis_lite.memory.packs import largest_packs
     from mantis_lite.memory.step import machine_of
     from mantis_lite.models.checkpoint import open_checkpoint
-    from mantis_lite.recipe import load_recipe
+    from mantis_lite.recipe_file import load_recipe
 
     from . import gpu_step
 
@@ -318,7 +318,7 @@ def of_llama(
     """The config of Llama-3.1-8B, or of another shape, and a recipe for it."""
     from transformers import LlamaConfig
 
-    from mantis_lite.recipe import make_recipe
+    from mantis_lite.recipe_file import make_recipe
 
     own = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = LlamaConfig(**(own | {"num_hidden_layers": layers, "vocab_size": 128256} | shape))

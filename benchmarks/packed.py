@@ -44,7 +44,7 @@ from mantis_lite.data.collate import Batch, collate
 from mantis_lite.data.encode import IGNORE, Encoded, Encoder
 from mantis_lite.data.packing import Length, plan
 from mantis_lite.models.levels import levels_of, look_up
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.training.run import Run, start
 
 from . import planning, results, small_llava

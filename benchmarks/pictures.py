@@ -33,7 +33,8 @@ from mantis_lite.memory.bases import find_base
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.levels import levels_of, look_up, look_up_patches
 from mantis_lite.models.load import load_model
-from mantis_lite.recipe import MediaRecipe, load_recipe
+from mantis_lite.recipe import MediaRecipe
+from mantis_lite.recipe_file import load_recipe
 
 from . import results
 

@@ -42,7 +42,8 @@ from mantis_lite.data.media import open_image
 from mantis_lite.data.prepare import Prepared, prepare
 from mantis_lite.data.prepared_files import open_prepared, save_prepared
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import Recipe, load_recipe
+from mantis_lite.recipe import Recipe
+from mantis_lite.recipe_file import load_recipe
 
 from . import planning, results, small_llava
 

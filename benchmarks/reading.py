@@ -47,7 +47,7 @@ def read(path: str, model: str) -> None:
     """Prepare the rows as `train` and `check` do, and print what that took."""
     from mantis_lite.data.prepare import prepare
     from mantis_lite.models.checkpoint import open_checkpoint
-    from mantis_lite.recipe import load_recipe
+    from mantis_lite.recipe_file import load_recipe
 
     recipe = load_recipe("chat", [f"data={path}", f"model={model}"])
     encoder = open_checkpoint(recipe.model).encoder(recipe)

@@ -38,7 +38,7 @@ from mantis_lite.data.packs import Packs
 from mantis_lite.data.prepare import prepare
 from mantis_lite.models.attention import use_attention
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.training.run import start
 
 from . import planning, results, small_llava

@@ -29,7 +29,7 @@ from PIL import Image
 from mantis_lite.data.prepare import prepare
 from mantis_lite.data.schedule import pack_epoch
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.sharding import shard
 
 from . import results

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 
 from . import planning, results, small_llava
 from .preparation import learned, make_whole, run

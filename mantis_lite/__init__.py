@@ -16,7 +16,8 @@ from .errors import RecipeError
 
 if TYPE_CHECKING:
     from .chat import MantisChat
-    from .recipe import Recipe, load_recipe
+    from .recipe import Recipe
+    from .recipe_file import load_recipe
     from .scoring import Predictions
     from .training.progress import How
 
@@ -40,7 +41,8 @@ def train(
     from .process import prepare_process
 
     prepare_process()
-    from .recipe import Recipe, load_recipe
+    from .recipe import Recipe
+    from .recipe_file import load_recipe
     from .shown import train as train_shown  # torch is imported when it is needed
 
     if isinstance(recipe, Recipe):
@@ -77,8 +79,12 @@ def __getattr__(name: str) -> Any:
         from .chat import MantisChat
 
         return MantisChat
-    if name in ("Recipe", "load_recipe"):
-        from . import recipe
+    if name == "Recipe":
+        from .recipe import Recipe
 
-        return getattr(recipe, name)
+        return Recipe
+    if name == "load_recipe":
+        from .recipe_file import load_recipe
+
+        return load_recipe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

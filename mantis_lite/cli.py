@@ -94,7 +94,7 @@ def train_command(
 ) -> None:
     """Train a recipe; its adapter, metrics and page land in run_dir. Run it again to go on where it stopped."""
     from .errors import RecipeError
-    from .recipe import load_recipe
+    from .recipe_file import load_recipe
 
     if quiet and as_json:
         raise RecipeError("--quiet: shows nothing, and --json every log\n  Leave one of them out.")
@@ -146,7 +146,7 @@ def check_command(
 ) -> None:
     """Find every row that cannot be trained on, and show what the others come to. Needs no GPU and no weights."""
     from .errors import RecipeError
-    from .recipe import load_recipe
+    from .recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     if output is not None and output.exists():
@@ -188,7 +188,7 @@ def fit_command(
     ] = False,
 ) -> None:
     """Say beforehand whether a recipe fits a card, and what would help. Needs no GPU, weights or network."""
-    from .recipe import find_recipe
+    from .recipe_file import find_recipe
 
     find_recipe(recipe)
     prepare_process()
@@ -540,7 +540,8 @@ def prepare_data(
 ) -> None:
     """Write what a recipe trains on as shards, to be read from a disk or a URL. Run it again to go on."""
     from .errors import RecipeError
-    from .recipe import load_recipe, size_of
+    from .recipe import size_of
+    from .recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     try:
@@ -557,7 +558,7 @@ def prepare_data(
 @recipes_app.command("list")
 def list_recipes() -> None:
     """Name every recipe and what it is."""
-    from .recipe import DEFAULTS, recipes_dir
+    from .recipe_file import DEFAULTS, recipes_dir
 
     names = {name: task for task, name in DEFAULTS.items()}
     for path in sorted(recipes_dir().glob("*.yaml")):
@@ -569,7 +570,7 @@ def list_recipes() -> None:
 @recipes_app.command("show")
 def show_recipe(recipe: RecipeArgument) -> None:
     """Print a recipe's file."""
-    from .recipe import find_recipe
+    from .recipe_file import find_recipe
 
     typer.echo(find_recipe(recipe).read_text(), nl=False)
 
@@ -580,7 +581,7 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe's file here, to change it."""
     from .errors import RecipeError
-    from .recipe import find_recipe
+    from .recipe_file import find_recipe
 
     source = find_recipe(recipe)
     target = (to or Path()) / source.name if to is None or to.is_dir() else to

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .recipe import Recipe, Section
+from .recipe import Recipe, Section
 
 # Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
 UNBUILT = {

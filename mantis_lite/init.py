@@ -22,7 +22,8 @@ from .memory.card import card_at_hand, card_of
 from .memory.choose import choose
 from .memory.estimate import GIB
 from .memory.overrides import taken
-from .recipe import MediaRecipe, Problem, Recipe, SourceRecipe, Task, find_recipe
+from .recipe import MediaRecipe, Problem, Recipe, SourceRecipe, Task
+from .recipe_file import find_recipe
 from .report.fit import read, work_of
 from .yaml_text import dump_yaml
 

@@ -13,7 +13,8 @@ from .data.encode import Encoder
 from .data.sample import Sample
 from .data.source import open_source
 from .generate import answer
-from .recipe import SourceRecipe, load_recipe
+from .recipe import SourceRecipe
+from .recipe_file import load_recipe
 from .tiny import tasks
 from .training.run import start
 

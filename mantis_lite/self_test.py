@@ -21,7 +21,8 @@ from .errors import CheckError, MantisError, one_line
 from .merge import merge
 from .models.precision import working_dtype
 from .quickstart import read_samples
-from .recipe import Recipe, make_recipe
+from .recipe import Recipe
+from .recipe_file import make_recipe
 from .tiny import tasks
 from .tiny.pictures import draw
 from .trained import open_trained

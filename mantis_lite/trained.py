@@ -25,7 +25,8 @@ from .models.precision import working_dtype
 from .models.small_files import read_small
 from .models.upstream import CONFIG
 from .plain_clients import stops
-from .recipe import ModelRecipe, Recipe, load_recipe, make_recipe
+from .recipe import ModelRecipe, Recipe
+from .recipe_file import load_recipe, make_recipe
 from .yaml_text import load_yaml
 
 RECIPE = "recipe.yaml"

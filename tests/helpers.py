@@ -27,7 +27,8 @@ from mantis_lite.data.encode import Encoded, Encoder
 from mantis_lite.data.template import Token, Wrap
 from mantis_lite.data.vision import Vision
 from mantis_lite.models.checkpoint import Checkpoint
-from mantis_lite.recipe import Recipe, make_recipe
+from mantis_lite.recipe import Recipe
+from mantis_lite.recipe_file import make_recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATES = {template.name: template for template in templates.TEMPLATES}

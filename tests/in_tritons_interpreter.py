@@ -8,7 +8,7 @@ import torch
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.kernels import fuse
 from mantis_lite.models.load import load_model
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 
 
 def main(folder: str, kernel: str) -> int:

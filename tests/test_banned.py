@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mantis_lite
-from mantis_lite.recipe import recipes_dir
+from mantis_lite.recipe_file import recipes_dir
 
 PACKAGE = Path(mantis_lite.__file__).parent
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "jinja2", "requests"}

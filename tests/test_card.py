@@ -17,7 +17,7 @@ from mantis_lite.card import License, card, is_on_hub, recipe_yaml, stated_licen
 from mantis_lite.chat import MantisChat
 from mantis_lite.contract import read_contract
 from mantis_lite.data.jinja import chat_template
-from mantis_lite.recipe import load_recipe, make_recipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.trained import open_trained
 from mantis_lite.training.run import train
 

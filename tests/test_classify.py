@@ -25,7 +25,8 @@ from mantis_lite.data.prepare import read_rows
 from mantis_lite.errors import DataError, RecipeError, ResumeError, SampleError
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.head import classifier_of, with_head
-from mantis_lite.recipe import PackingRecipe, make_recipe
+from mantis_lite.recipe import PackingRecipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.report.check import check
 from mantis_lite.scoring import predict
 from mantis_lite.tiny import tasks
@@ -449,7 +450,7 @@ def test_a_full_run_is_a_model_to_go_on_with(llava_folder, tmp_path):
     ],
 )
 def test_what_has_no_scores(llava_folder, tmp_path, source, message, monkeypatch):
-    from mantis_lite.recipe import save_recipe
+    from mantis_lite.recipe_file import save_recipe
 
     data = write(tmp_path / "rows.json", LABELS["regression"])
     folder = llava_folder if source == "model" else tmp_path / source

@@ -147,7 +147,7 @@ def test_the_wheel_holds_recipes_and_the_tiny_checkpoint(tmp_path):
     listed = run("recipes", "list", cwd=tmp_path / "site", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     assert "chat-siglip-llama3-qlora (also: chat)" in listed.stdout
     assert (tmp_path / "site/mantis_lite/tiny/checkpoint/model.safetensors").is_file()
-    where = "import mantis_lite.recipe as r; print(r.recipes_dir())"
+    where = "import mantis_lite.recipe_file as r; print(r.recipes_dir())"
     shown = subprocess.run([sys.executable, "-c", where], cwd=tmp_path / "site", capture_output=True, text=True)
     assert shown.stdout.strip() == str(tmp_path / "site/mantis_lite/recipes")
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import SHARED
 from ruamel.yaml import YAML
 
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.report.check import check
 
 EXAMPLES = SHARED / "data/mantis-examples"

@@ -30,7 +30,7 @@ from mantis_lite.memory.card import card_of
 from mantis_lite.memory.choose import choose
 from mantis_lite.memory.estimate import GIB
 from mantis_lite.memory.overrides import taken
-from mantis_lite.recipe import load_recipe, recipes_dir
+from mantis_lite.recipe_file import load_recipe, recipes_dir
 from mantis_lite.report.fit import CARDS, read, work_of
 from mantis_lite.scoring import refuse_others
 

@@ -18,7 +18,8 @@ from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.schema import parse
 from mantis_lite.evaluate.benchmarks import BENCHMARKS
 from mantis_lite.models.checkpoint import FAMILIES
-from mantis_lite.recipe import SourceRecipe, load_recipe, make_recipe, recipes_dir
+from mantis_lite.recipe import SourceRecipe
+from mantis_lite.recipe_file import load_recipe, make_recipe, recipes_dir
 
 FILES = {ROOT / "README.md": README, **{ROOT / "docs" / f"{name}.md": page for name, page in PAGES.items()}}
 INLINE = sorted(set(re.findall(r"`(mantis-lite [^`]+)`", DOCS)) - set(COMMANDS))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.generate import answer
 from mantis_lite.models import lm_head
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.checkpoints import newest, saved, step_of
 from mantis_lite.training.held_out import FEW, asked_of
 from mantis_lite.training.run import start

@@ -24,7 +24,7 @@ from mantis_lite.evaluate.pictures import pictures_of
 from mantis_lite.evaluate.question import Question
 from mantis_lite.evaluate.results import read_results
 from mantis_lite.evaluate.run import compared, run
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.training.run import start
 

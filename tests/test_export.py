@@ -18,7 +18,7 @@ from mantis_lite.chat import MantisChat
 from mantis_lite.errors import CheckError, DiskError, RecipeError
 from mantis_lite.export import SCALED, TILED, UNREAD, export
 from mantis_lite.models.checkpoint import FAMILIES
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.run import train
 
 STAND_IN = """\

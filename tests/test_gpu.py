@@ -24,7 +24,7 @@ from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.kernels import KERNELS, fuse
 from mantis_lite.models.load import load_model
 from mantis_lite.prefill import log_likelihoods, read
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.training.checkpoints import newest
 from mantis_lite.training.run import start

@@ -18,7 +18,8 @@ from mantis_lite.models.adapters import find_adapter, load_adapter, make_trainab
 from mantis_lite.models.checkpoint import open_checkpoint, read_config
 from mantis_lite.models.load import load_model
 from mantis_lite.models.small_files import read_small
-from mantis_lite.recipe import ModelRecipe, make_recipe
+from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe_file import make_recipe
 
 WEIGHTS = "adapter_model.safetensors"
 

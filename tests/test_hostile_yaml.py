@@ -9,7 +9,8 @@ from ruamel.yaml.error import YAMLError
 
 from mantis_lite.data.mixture import sources_of
 from mantis_lite.errors import DataError, RecipeError
-from mantis_lite.recipe import SourceRecipe, load_recipe, make_recipe
+from mantis_lite.recipe import SourceRecipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.yaml_text import MAX_BYTES, load_yaml
 
 RAN = []

@@ -8,7 +8,7 @@ from helpers import chat, write_rows
 
 from mantis_lite.errors import RecipeError, SampleError
 from mantis_lite.init import LOOKED_AT, START, answers, draft, guess_task, look, write
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 
 TURNS = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}]
 CLIP = [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}, TURNS[1]]

@@ -17,7 +17,8 @@ from mantis_lite.errors import RecipeError
 from mantis_lite.models.adapters import make_trainable, part_sizes
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
-from mantis_lite.recipe import ModelRecipe, find_recipe
+from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe_file import find_recipe
 
 
 @pytest.fixture

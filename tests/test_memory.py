@@ -18,7 +18,7 @@ from mantis_lite.memory.packs import assumed
 from mantis_lite.memory.shapes import Shape, Shapes
 from mantis_lite.memory.step import Machine, Pack, machine_of
 from mantis_lite.models.adapters import part_of
-from mantis_lite.recipe import load_recipe, recipes_dir
+from mantis_lite.recipe_file import load_recipe, recipes_dir
 from mantis_lite.report.fit import fit, read
 from mantis_lite.report.probe import probe
 

@@ -26,7 +26,7 @@ from mantis_lite.errors import CheckError, DiskError, RecipeError
 from mantis_lite.merge import merge
 from mantis_lite.models.load import load_model
 from mantis_lite.models.merging import Laid, stand_in
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.trained import open_trained
 from mantis_lite.training.run import train

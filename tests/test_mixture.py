@@ -16,7 +16,8 @@ from mantis_lite.data.prepare import prepare
 from mantis_lite.data.repository import INSTRUCT, SHORT
 from mantis_lite.data.schedule import pack_epoch
 from mantis_lite.errors import DataError, RecipeError
-from mantis_lite.recipe import DataRecipe, MediaRecipe, PackingRecipe, SourceRecipe, recipes_dir
+from mantis_lite.recipe import DataRecipe, MediaRecipe, PackingRecipe, SourceRecipe
+from mantis_lite.recipe_file import recipes_dir
 
 OFF = PackingRecipe(enabled=False)
 

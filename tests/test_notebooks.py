@@ -15,7 +15,7 @@ from helpers import logs_of
 import mantis_lite
 from mantis_lite.memory.card import card_of
 from mantis_lite.memory.overrides import taken
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.report.fit import work_of
 
 NOTEBOOKS = {path.stem: path for path in sorted((test_docs.ROOT / "examples").glob("*.ipynb"))}

@@ -12,7 +12,7 @@ from mantis_lite.data.encode import IGNORE
 from mantis_lite.data.schema import parse
 from mantis_lite.memory.overrides import _candidates, best, changed, taken
 from mantis_lite.memory.packs import assumed, grids_of
-from mantis_lite.recipe import load_recipe, make_recipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.report.fit import read, work_of
 
 SHAPES = [(640, 480), (480, 640), (1300, 200), (77, 333), (30, 30), (1001, 999)]

@@ -10,7 +10,7 @@ from mantis_lite.memory.card import Card, card_at_hand, card_of
 from mantis_lite.memory.choose import SPARE, choose
 from mantis_lite.memory.estimate import CONTEXT, GIB
 from mantis_lite.memory.overrides import changed, taken
-from mantis_lite.recipe import load_recipe, make_recipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.report.fit import fit, work_of
 from mantis_lite.training import picked
 from mantis_lite.training.run import start

@@ -19,7 +19,7 @@ from mantis_lite.data.sample import Image, Sample, Turn
 from mantis_lite.generate import _padded, generate
 from mantis_lite.merge import merge
 from mantis_lite.models.load import placed
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.trained import open_trained
 from mantis_lite.training.run import train

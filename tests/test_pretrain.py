@@ -29,7 +29,8 @@ from mantis_lite.models.cacheable import trained_parts
 from mantis_lite.models.joining import with_weights
 from mantis_lite.models.load import load_model
 from mantis_lite.models.precision import weights_dtype
-from mantis_lite.recipe import ModelRecipe, load_recipe, make_recipe
+from mantis_lite.recipe import ModelRecipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.report.check import check
 from mantis_lite.report.fit import fit
 from mantis_lite.tiny import pictures, tasks

@@ -21,7 +21,7 @@ from mantis_lite.chat import MantisChat
 from mantis_lite.contract import read_contract
 from mantis_lite.errors import MantisError, RecipeError
 from mantis_lite.push import push
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.run import train
 
 TOKEN, USER = "hf_" + "PushesToLoopback" * 2, "quetzalcoatl"
@@ -516,7 +516,7 @@ import json, sys
 import mantis_lite
 from mantis_lite.push import push
 for name, settings in json.loads(sys.argv[1]).items():
-    mantis_lite.train(mantis_lite.recipe.make_recipe(settings))
+    mantis_lite.train(mantis_lite.recipe_file.make_recipe(settings))
     push(settings["run_dir"], name)
 """
 ASK = """

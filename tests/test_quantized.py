@@ -19,7 +19,7 @@ from mantis_lite.data.schema import parse
 from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.run import start, train
 
 ROWS = [chat("What is <image> beside <image>?", "red circle", images=(1, 2)), chat("Only words.", "No picture")]
@@ -141,7 +141,7 @@ import sys, threading, time
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 
 def held():
     lines = open("/proc/self/status").read().splitlines()

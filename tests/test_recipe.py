@@ -8,7 +8,8 @@ import pytest
 
 from mantis_lite.conflicts import UNBUILT
 from mantis_lite.errors import RecipeError
-from mantis_lite.recipe import Recipe, load_recipe, make_recipe, recipes_dir, save_recipe
+from mantis_lite.recipe import Recipe
+from mantis_lite.recipe_file import load_recipe, make_recipe, recipes_dir, save_recipe
 from mantis_lite.train_keys import REFUSED
 
 RECIPES = sorted(recipes_dir().glob("*.yaml"))

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from mantis_lite.errors import RecipeError
-from mantis_lite.recipe import Recipe, load_recipe, make_recipe, recipes_dir, save_recipe
+from mantis_lite.recipe import Recipe
+from mantis_lite.recipe_file import load_recipe, make_recipe, recipes_dir, save_recipe
 from mantis_lite.recipe_schema import MODELINE, recipe_schema, recipes_page
 from mantis_lite.train_keys import REFUSED
 from mantis_lite.yaml_text import load_yaml

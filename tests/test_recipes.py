@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mantis_lite.recipe import DEFAULTS, Recipe, load_recipe, recipes_dir
+from mantis_lite.recipe import Recipe
+from mantis_lite.recipe_file import DEFAULTS, load_recipe, recipes_dir
 
 FAMILIES = (
     "siglip-llama3",

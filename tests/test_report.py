@@ -26,7 +26,7 @@ from mantis_lite.cli import app
 from mantis_lite.data.packs import BLANK, Packs
 from mantis_lite.data.schedule import Schedule
 from mantis_lite.errors import DataError, RecipeError, Stopped
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training import pace as paces
 from mantis_lite.training import report as reports
 from mantis_lite.training.charts import MOST, Line, line_of, svg

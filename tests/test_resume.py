@@ -20,7 +20,7 @@ from mantis_lite.data.content import content_of
 from mantis_lite.data.paths import MediaFolder
 from mantis_lite.data.schema import parse
 from mantis_lite.errors import DiskError
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.checkpoints import saved, step_of
 from mantis_lite.training.jsonlines import JsonLines, lines_of
 from mantis_lite.training.run import start

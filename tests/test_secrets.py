@@ -19,7 +19,8 @@ from helpers import chat, recipe, write_rows
 from mantis_lite.data.mixture import sources_of
 from mantis_lite.errors import RecipeError
 from mantis_lite.models.checkpoint import open_checkpoint
-from mantis_lite.recipe import ModelRecipe, SourceRecipe, load_recipe, make_recipe
+from mantis_lite.recipe import ModelRecipe, SourceRecipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.secrets import NAME
 from mantis_lite.tiny import CHECKPOINT
 
@@ -118,7 +119,7 @@ def test_a_key_by_its_name_whatever_it_holds(key):
 
 
 def test_no_key_of_a_recipe_is_taken_for_one():
-    from mantis_lite.recipe import _known_keys
+    from mantis_lite.recipe_file import _known_keys
     from mantis_lite.train_keys import train_keys
 
     assert [key for key in [*_known_keys(), *train_keys()] if NAME.search(key)] == ["hub_token"]

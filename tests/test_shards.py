@@ -39,7 +39,7 @@ from mantis_lite.data.windows import count_windows, fetched_sets, window_of
 from mantis_lite.errors import DataError, RecipeError, SampleError
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.head_config import stated_head
-from mantis_lite.recipe import save_recipe
+from mantis_lite.recipe_file import save_recipe
 from mantis_lite.sharding import shard
 from mantis_lite.training.callbacks import Ahead
 from mantis_lite.training.run import train
@@ -249,7 +249,7 @@ def test_ray_that_is_not_there_is_named(llava_folder, tmp_path, monkeypatch):
 
 PREPARE = """
 import sys
-from mantis_lite.recipe import load_recipe
+from mantis_lite.recipe_file import load_recipe
 from mantis_lite.sharding import shard
 from mantis_lite.training.callbacks import Ahead
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from mantis_lite.memory.shortage import shortage
 from mantis_lite.memory.step import Machine, Pack, machine_of
 from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.llava import LLAVA
-from mantis_lite.recipe import deepspeed_config
+from mantis_lite.recipe_file import deepspeed_config
 from mantis_lite.report.fit import Fit, fit, read, work_of
 from mantis_lite.report.probe import peak_on_cpu
 

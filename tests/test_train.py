@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mantis_lite.cli import app
 from mantis_lite.errors import OutOfMemory, RecipeError, ResumeError, SampleError
 from mantis_lite.models.attention import chosen_attention
-from mantis_lite.recipe import load_recipe, make_recipe
+from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.training.run import start, train
 
 REAL = SHARED / "data/mantis-examples/chat/train.json"

@@ -17,7 +17,7 @@ from mantis_lite.data.template import LLAMA_3
 from mantis_lite.errors import RecipeError
 from mantis_lite.merge import _drawn
 from mantis_lite.plain_clients import write_template
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.trained import open_trained
 from mantis_lite.training.run import start, train
 

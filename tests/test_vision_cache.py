@@ -29,7 +29,7 @@ from mantis_lite.models.adapters import make_trainable
 from mantis_lite.models.cacheable import trained_parts
 from mantis_lite.models.load import load_model
 from mantis_lite.models.vision_cache import VisionCache
-from mantis_lite.recipe import make_recipe
+from mantis_lite.recipe_file import make_recipe
 from mantis_lite.report.check import check
 from mantis_lite.training.callbacks import Aside
 from mantis_lite.training.run import start, train

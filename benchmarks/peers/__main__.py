@@ -52,7 +52,8 @@ def counted(folder: Path) -> tuple[list[int], int]:
     from mantis_lite.data.paths import MediaFolder
     from mantis_lite.data.schema import parse
     from mantis_lite.models.checkpoint import open_checkpoint
-    from mantis_lite.recipe import ModelRecipe, load_recipe
+    from mantis_lite.recipe import ModelRecipe
+    from mantis_lite.recipe_file import load_recipe
 
     recipe = load_recipe("chat", [f"model={folder}/model", f"data={folder}/ours.json", 'prompt.system=""'])
     encoder = open_checkpoint(ModelRecipe(name=f"{folder}/model")).encoder(recipe)

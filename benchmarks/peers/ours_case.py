@@ -13,7 +13,7 @@ from .probe import RATE, Probe, begin
 
 def run(settings: dict[str, Any], probe: Probe) -> None:
     """Train by a recipe with nothing beside its steps."""
-    from mantis_lite.recipe import make_recipe
+    from mantis_lite.recipe_file import make_recipe
     from mantis_lite.training import plan
     from mantis_lite.training.run import start
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from ruamel.yaml.error import YAMLError
 
 from ..errors import DataError, did_you_mean, one_line
-from ..recipe import DataRecipe, MediaRecipe, PackingRecipe, SourceRecipe, Task, recipes_dir
+from ..recipe import DataRecipe, MediaRecipe, PackingRecipe, SourceRecipe, Task
+from ..recipe_file import recipes_dir
 from ..secrets import refuse_secrets
 from ..yaml_text import load_yaml, read_text
 from .repository import renamed

@@ -11,7 +11,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..errors import RecipeError, SampleError
 from ..models.family import Family
-from ..recipe import Recipe, make_recipe
+from ..recipe import Recipe
+from ..recipe_file import make_recipe
 from .estimate import Estimate, estimate
 from .packs import Rows
 from .step import Machine, Pack, machine_of

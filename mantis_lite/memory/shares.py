@@ -14,7 +14,7 @@ from torch import nn
 
 from ..models.adapters import base_of, part_of
 from ..models.family import Family
-from ..recipe import deepspeed_config
+from ..recipe_file import deepspeed_config
 from .seeing import trained
 from .step import Machine
 

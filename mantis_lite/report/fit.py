@@ -26,7 +26,8 @@ from ..models.checkpoint import SMALL_FILES, Checkpoint
 from ..models.halves import named
 from ..models.head_config import stated_head
 from ..models.vision_cache import require_encoder_outputs
-from ..recipe import ModelRecipe, Recipe, load_recipe
+from ..recipe import ModelRecipe, Recipe
+from ..recipe_file import load_recipe
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """Sizes of cards that are asked about where there is none, in the GiB that they are sold by."""

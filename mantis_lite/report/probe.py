@@ -19,7 +19,8 @@ from ..memory.estimate import estimate
 from ..memory.overrides import taken
 from ..memory.packs import Planned
 from ..memory.step import Pack, machine_of
-from ..recipe import Recipe, make_recipe
+from ..recipe import Recipe
+from ..recipe_file import make_recipe
 from ..training.run import Run, start
 from .fit import work_of
 

@@ -28,7 +28,8 @@ from ..models.head_config import stated_head
 from ..models.kernels import chosen_kernels
 from ..models.sequence import require_sharing
 from ..models.vision_cache import require_encoder_outputs
-from ..recipe import Recipe, save_recipe
+from ..recipe import Recipe
+from ..recipe_file import save_recipe
 from .broken import REJECTS
 from .checkpoints import remove, saved, step_of, sweep
 from .jsonlines import keep_whole_lines

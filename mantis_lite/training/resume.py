@@ -20,7 +20,8 @@ from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError, one_line
 from ..files import write_whole
 from ..models.precision import working_dtype
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe
+from ..recipe_file import load_recipe
 from .checkpoints import newest, saved, step_of
 from .ranks import Ranks
 

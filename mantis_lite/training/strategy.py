@@ -13,7 +13,8 @@ from torch import nn
 from ..conflicts import conflicts
 from ..errors import RecipeError
 from ..models.adapters import base_of
-from ..recipe import Recipe, deepspeed_config
+from ..recipe import Recipe
+from ..recipe_file import deepspeed_config
 from .ranks import Ranks, is_launched, join, world
 
 
