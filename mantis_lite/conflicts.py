@@ -7,11 +7,6 @@ from typing import Any
 
 from .recipe import Recipe, Section
 
-# Keys of the design that nothing reads yet: setting one is an error, so that no setting is silently without effect.
-UNBUILT = {
-    "trainable.lr": "one learning rate for all parts: train.learning_rate",
-}
-
 METRICS = {
     "regression": ("mse", "mae", "spearman", "pearson"),
     "single_label": ("accuracy", "macro_f1", "auroc"),
@@ -25,19 +20,10 @@ CLIP_KEYS = ("num_frames", "fps", "max_frames", "start", "end", "sampling", "fra
 def conflicts(recipe: Recipe) -> Iterator[str]:
     """Everything that is wrong with a recipe whose keys are each right by themselves."""
     for check in (
-        *(_unbuilt, _model_conflicts, _part_conflicts, _method_conflicts, _launch_conflicts),
+        *(_model_conflicts, _part_conflicts, _method_conflicts, _launch_conflicts),
         *(_media_conflicts, _head_conflicts, _pretrain_conflicts, _eval_conflicts),
     ):
         yield from check(recipe)
-
-
-def _unbuilt(recipe: Recipe) -> Iterator[str]:
-    for key, reason in UNBUILT.items():
-        value, default = recipe, type(recipe).model_construct()
-        for name in key.split("."):
-            value, default = getattr(value, name), getattr(default, name)
-        if value != default:
-            yield f"{key}: {reason}"
 
 
 def _model_conflicts(recipe: Recipe) -> Iterator[str]:
@@ -83,11 +69,15 @@ def _part_conflicts(recipe: Recipe) -> Iterator[str]:
             yield f"trainable.{name}: adapter, but method=full trains no adapter\n  Set method=lora."
         elif training == "full" and name == "language_model" and recipe.method != "full":
             yield f"trainable.language_model: full, but method={recipe.method}\n  Set method=full."
+        elif training == "frozen" and name in recipe.trainable.lr.given and not recipe.model.adapter:
+            yield f"trainable.lr.{name}: the part is frozen\n  Set trainable.{name}, or leave its rate out."
     frozen = set(recipe.parts.values()) == {"frozen"}
     if frozen and not (recipe.task == "classify" and recipe.method == "full"):  # a head alone can learn
         yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
     elif recipe.method != "full" and "adapter" not in recipe.parts.values():
         yield f"trainable: no part takes an adapter, but method={recipe.method}\n  Set method=full."
+    if recipe.trainable.lr.head and recipe.task != "classify":
+        yield f"trainable.lr.head: has no effect with task={recipe.task}\n  Set task=classify, or leave it out."
 
 
 def _method_conflicts(recipe: Recipe) -> Iterator[str]:

@@ -18,6 +18,7 @@ PARTED = ("zero3", "zero3_offload", "fsdp2")
 Kernel = Literal["lora", "rms_norm", "rope", "swiglu", "layer_norm", "relu_squared"]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
 UNITS = {
     "": 1,
     "B": 1,
@@ -117,6 +118,21 @@ class DataRecipe(Section):
     """What shards behind a URL may take of this disk: bytes, or as 20GB."""
 
 
+class RatesRecipe(Section):
+    language_model: Rate | None = None
+    """Its learning rate; else train.learning_rate, whose schedule and warm-up are everyone's."""
+    projector: Rate | None = None
+    """Its learning rate; else the same."""
+    vision_tower: Rate | None = None
+    """Its learning rate; else the same."""
+    head: Rate | None = None
+    """With task=classify: the learning rate of what scores; else the same."""
+
+    @property
+    def given(self) -> dict[str, float]:
+        return self.model_dump(exclude_none=True)
+
+
 class TrainableRecipe(Section):
     language_model: Training | None = None
     """How it trains; else by `method`: an adapter, or in full."""
@@ -124,8 +140,8 @@ class TrainableRecipe(Section):
     """How it trains; else frozen, but in full with method=full and task=pretrain."""
     vision_tower: Training | None = None
     """How it trains; else frozen."""
-    lr: dict[Part, float] | None = None
-    """Not yet: one learning rate for all parts, train.learning_rate."""
+    lr: RatesRecipe = RatesRecipe()
+    """Learning rates of parts by their names."""
 
 
 class LoraRecipe(Section):

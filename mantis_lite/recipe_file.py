@@ -195,6 +195,8 @@ def _explain(detail: Any) -> str:
         return f"{key}: no such key{did_you_mean(key, known)}"
     if detail["type"] == "missing":
         return f"{key}: missing\n  Add {key}=..., or the key to the recipe."
+    if detail["type"] == "model_type":
+        return f"{key}: expected its own keys, as {key}.KEY=..., found {detail['input']!r}"
     if detail["type"] == "bool_type":
         return f"{key}: expected true or false, found {detail['input']!r}"
     said = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"].lower()

@@ -104,13 +104,25 @@ def recipes_page() -> str:
     parts = [INTRODUCTION, _table("", {name: key for name, key in keys.items() if "$ref" not in key}, schema)]
     for name, key in keys.items():
         if "$ref" in key:
-            section = sections[key["$ref"].rpartition("/")[2]]
-            parts += [f"## {name}", key["description"], _table(f"{name}.", section["properties"], section)]
+            section = _of(key, sections)
+            parts += [f"## {name}", key["description"], _table(f"{name}.", dict(_flat(section, sections)), section)]
         if name == "data":
             source = sections["SourceRecipe"]
             parts += ["Of each source:", _table("", source["properties"], source)]
     refused = (f"| `train.{key}` | {why} |" for key, why in REFUSED.items())
     return "\n\n".join([*parts, OF_TRAINING, "\n".join(["| key | instead |", "|---|---|", *refused])]) + "\n"
+
+
+def _of(key: Mapping[str, str], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The section that a key is."""
+    return sections[key["$ref"].rpartition("/")[2]]
+
+
+def _flat(section: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A section's keys, with those of the sections in it."""
+    for name, key in section["properties"].items():
+        within = _flat(_of(key, sections), sections) if "$ref" in key else [("", key)]
+        yield from ((f"{name}.{inner}".rstrip("."), found) for inner, found in within)
 
 
 def _table(prefix: str, keys: Mapping[str, Any], section: Mapping[str, Any]) -> str:

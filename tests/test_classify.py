@@ -86,7 +86,7 @@ def test_a_head_trains_and_predicts_by_itself(llava_folder, tmp_path, problem, m
     names = {"regression": ["good", "fast"], "single_label": ["cat", "cow", "dog"], "multi_label": ["a", "b"]}[problem]
     config = AutoConfig.from_pretrained(folder)
     assert list(config.id2label.values()) == names and config.problem_type.startswith(problem)
-    size = next(size for size in run.sizes if size.part == "score head")
+    size = next(size for size in run.sizes if size.part == "head")
     assert size.trainable == size.parameters == 33 * len(names)
     found = predict(tmp_path / "run", [f"data={data}"], metrics=True)
     lines = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]

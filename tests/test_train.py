@@ -143,7 +143,7 @@ def test_an_adapter_is_trained_on_where_it_was_left(settings, tmp_path):
     assert went_on.notices == [
         f"attention: {chosen_attention('auto')}",
         *went_on.notices[1:3],
-        f"going on with {folder} by its own settings: the recipe's lora and trainable are not used",
+        f"going on with {folder} by its own settings: the recipe's lora and trainable are not used, but for rates",
     ]
     assert went_on.trainer.model.peft_config["default"].r == 4
     assert {size.part for size in went_on.sizes if size.trainable} == {"language_model", "projector"}

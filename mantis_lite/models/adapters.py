@@ -248,11 +248,11 @@ def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
         sizes[part][0] += count
         sizes[part][1] += count if parameter.requires_grad else 0
         sizes[part][2] += count if packed else 0
-    return [PartSize(part, *sizes[part]) for part in (*family.parts, "score head") if part in sizes]
+    return [PartSize(part, *sizes[part]) for part in (*family.parts, "head") if part in sizes]
 
 
 def _part_or_head(name: str, family: Family) -> str:
-    return "score head" if _is_head(name) else part_of(name, family)
+    return "head" if _is_head(name) else part_of(name, family)
 
 
 def _own(model: PreTrainedModel, family: Family, part: Part) -> list[str]:

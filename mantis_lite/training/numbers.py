@@ -141,7 +141,7 @@ class Numbers(TrainerCallback):
             if part in used and not self.ranks.highest(moved):
                 raise DivergedError(
                     f"{part}: should train, and has not moved in {self.moving} steps, which are too small\n"
-                    "  Raise train.learning_rate."
+                    "  Raise train.learning_rate, or its own in trainable.lr."
                 )
 
     def _has_gradient(self, part: str, optimizer: Any) -> bool:

@@ -15,6 +15,7 @@ from .jsonlines import lines_of
 from .lock import lives
 from .run_files import FACTS, GENERATIONS, METRICS, SKIPPED
 
+RATE = "learning_rate"
 COLUMNS = 8
 """Times at which a row was answered that are shown: the first, and the last."""
 UNTOLD = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
@@ -106,7 +107,7 @@ def _charts(logs: Sequence[dict[str, Any]], estimate: dict[str, Any]) -> Iterato
     """A chart of each thing that was logged, one after the other."""
     drawn = [
         ("loss", [line_of(logs, "loss", "training"), line_of(logs, "eval_loss", "held out")], "{:.4g}"),
-        ("learning rate", [line_of(logs, "learning_rate", "learning rate")], "{:.3g}"),
+        ("learning rate", list(_rates(logs)), "{:.3g}"),
         ("norm of the gradient", [line_of(logs, "grad_norm", "norm")], "{:.3g}"),
         ("tokens a second", [line_of(logs, "tokens_per_second", "tokens a second")], "{:,.0f}"),
         ("samples a second", [line_of(logs, "samples_per_second", "samples a second")], "{:,.3g}"),
@@ -119,6 +120,13 @@ def _charts(logs: Sequence[dict[str, Any]], estimate: dict[str, Any]) -> Iterato
         if shown:
             now = ", ".join(f"{line.name} " * (len(lines) > 1) + form.format(line.values[-1]) for line in shown)
             yield Chart(title, now, svg(lines, title))
+
+
+def _rates(logs: Sequence[dict[str, Any]]) -> Iterator[Line]:
+    """That of train.learning_rate, and those of parts that have their own."""
+    yield line_of(logs, RATE, "learning rate")
+    for name in dict.fromkeys(name for log in logs for name in log if name.startswith(f"{RATE}_")):
+        yield line_of(logs, name, name.removeprefix(f"{RATE}_").replace("_", " "))
 
 
 def _memory(logs: Sequence[dict[str, Any]], estimate: dict[str, Any]) -> Iterator[Line]:

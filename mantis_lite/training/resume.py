@@ -31,7 +31,10 @@ LABELS = "labels.json"
 ROWS = "rows.npz"
 """What a run trains on: for each row where it stands and what is in it, and the packs they make."""
 
-FIXED = ("model", "task", "method", "trainable", "lora", "head", "memory.quantize", "memory.optimizer")
+FIXED = (
+    *("model", "task", "method", "lora", "head", "memory.quantize", "memory.optimizer"),
+    *("trainable.language_model", "trainable.projector", "trainable.vision_tower"),
+)
 """What a checkpoint's tensors are made by: a run cannot go on with another."""
 
 FREE = (

@@ -61,6 +61,7 @@ from .numbers import Numbers
 from .pace import Pace
 from .picked import refuse_unused
 from .plan import Plan, follow_plan, make_plan
+from .rates import require_trained
 from .report import reported, run_facts
 from .run_files import CURVE, GENERATIONS, METRICS
 from .signals import Signals
@@ -97,9 +98,10 @@ class Run(Plan):
         chosen = chosen_kernels(self.recipe)
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
         if adapter := self.recipe.model.adapter:
-            notices.append(f"going on with {adapter} by its own settings: the recipe's lora and trainable are not used")
-        unused = self.trainer.numbers.parts.keys() - self._used(self.schedule.steps)
-        notices.extend(f"{part}: no row has a picture, so it stays as it is" for part in sorted(unused))
+            unused = "lora and trainable are not used, but for rates"
+            notices.append(f"going on with {adapter} by its own settings: the recipe's {unused}")
+        blind = self.trainer.numbers.parts.keys() - self._used(self.schedule.steps)
+        notices.extend(f"{part}: no row has a picture, so it stays as it is" for part in sorted(blind))
         return [
             *self.resumed.notices(),
             *self.picked,
@@ -241,7 +243,7 @@ class Run(Plan):
         each = self.schedule.per_step
         packs = self.schedule.packs[self.resumed.step * each : step * each]
         seen = self.prepared.train.lengths[packs.samples, 1].any()
-        return {"language_model", "score head"} | ({"projector", "vision_tower"} if seen else set())
+        return {"language_model", "head"} | ({"projector", "vision_tower"} if seen else set())
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
         """What to say of a step without room: its largest pack, what takes most, and what would help."""
@@ -266,7 +268,8 @@ def start(
     trained on, where it is given; `accept_changes` lets a stopped run go on with another recipe or data.
 
     Raises RecipeError, ResumeError, DataError, SampleError and FitError before any weight is loaded; OutOfMemory while
-    it is. With memory.vision_cache, which opens all pictures then, also SampleError and RecipeError once it is.
+    it is. With memory.vision_cache, which opens all pictures then, also SampleError and RecipeError once it is; and
+    RecipeError where the adapter that is gone on with does not train what trainable.lr names.
     """
     refuse_unused(recipe, gpu)
     recipe = settled_launch(recipe)
@@ -320,6 +323,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
         if recipe.memory.vision_cache != "off":  # an adapter that is gone on with says itself what trains
             trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
             cache = VisionCache(checkpoint, recipe, encoder, trained)
+        require_trained(recipe.trainable.lr.given, trained_parameters(model, checkpoint.family))
         broken = Broken(recipe, prepared)
         workers = training_arguments.dataloader_num_workers
         doing = Doing(workers, prepared.train.called), Doing(workers, (prepared.held_out or prepared.train).called)
@@ -335,7 +339,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
-    trainer.ranks = plan.ranks
+    trainer.ranks, trainer.family, trainer.rates = plan.ranks, checkpoint.family, recipe.trainable.lr.given
     trainer.seen_by = [path for part in ("projector", "vision_tower") for path in checkpoint.family.parts.get(part, ())]
     trainer.doing, trainer.doing_held_out = doing
     if held_out is not None:

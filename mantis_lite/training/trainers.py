@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -31,6 +32,8 @@ from ..data.labels import Labels
 from ..data.schedule import Schedule
 from ..errors import RecipeError, ResumeError
 from ..metrics import Metrics, score_metrics
+from ..models.adapters import trained_parameters
+from ..models.family import Family
 from ..models.head import score_loss
 from ..models.lm_head import score_supervised
 from ..models.load import loader_workers
@@ -39,6 +42,7 @@ from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers, numel
 from .ranks import ALONE, Ranks
+from .rates import group_by_part, rates_now
 from .signals import leave_signals
 from .slices import (
     begin_moments,
@@ -65,11 +69,14 @@ SAVE_STEPS = 500
 class Lasting(Trainer):
     """What a run adds to a trainer so that it survives: whole checkpoints, sound steps, workers that may die.
 
-    `numbers`, `doing` and `doing_held_out` are set before it trains.
+    `numbers`, `family`, `doing` and `doing_held_out` are set before it trains.
     """
 
     numbers: Numbers
     ranks: Ranks = ALONE
+    family: Family
+    rates: Mapping[str, float] = {}
+    """Learning rates of parts that have one of their own."""
     seen_by: Sequence[str] = ()
     """The parts of the model that pictures go through."""
     doing: Doing
@@ -84,6 +91,7 @@ class Lasting(Trainer):
     """Steps without a better evaluation after which the run ends."""
     owes_evaluation = False
     """Whether the run stopped before an evaluation that was due."""
+    _rates_logged: Mapping[str, float] = {}
     _aside: Path | None = None
     _feed: Feed | None = None
 
@@ -111,6 +119,26 @@ class Lasting(Trainer):
         finally:
             if self._feed is not None:
                 self._feed.close()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As the trainer's own, with a rate for each part. Raises RecipeError."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made:
+            group_by_part(optimizer, trained_parameters(self.model, self.family), self.rates)
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """As the trainer's own; where parts have theirs, each is logged beside that of the others."""
+        if not self.rates:
+            return super()._get_learning_rate()
+        self._rates_logged = rates_now(self.optimizer, self.rates)
+        return self._rates_logged["learning_rate"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "learning_rate" in logs:
+            logs.update(self._rates_logged)
+        super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.numbers.counted(super().training_step(*args, **kwargs))
