@@ -141,9 +141,9 @@ def test_sixty_kills_at_random_moments_lose_nothing(forks, settings, straight, t
             assert curve_of(tmp_path / f"run-{runs}") == curve_of(run_dir)
             assert not list((tmp_path / f"run-{runs}").glob("checkpoint-*.tmp-*")) or done["status"] != 0
             runs += 1
-        if kills == 60:
+        if kills >= 60 and runs > 5:  # a machine that has slowed down kills runs more often before they end
             break
-    assert kills == 60 and runs > 5
+    assert kills >= 60 and runs > 5
 
 
 OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in ("SIGUSR1", "SIGUSR2", "SIGHUP")]
