@@ -23,7 +23,8 @@ from mantis_lite.memory.packs import largest_packs
 from mantis_lite.memory.step import machine_of
 from mantis_lite.recipe_file import load_recipe
 from mantis_lite.training.picked import FILE
-from mantis_lite.training.run import Run, start
+from mantis_lite.training.run import Run
+from mantis_lite.training.start import start
 
 from . import card
 from .gpu_models import Place, random_weights

@@ -194,7 +194,7 @@ def on_cpu(model: Path, data: Path, tokens: int, overrides: Sequence[str]) -> di
     from mantis_lite.memory.step import machine_of
     from mantis_lite.recipe_file import make_recipe
     from mantis_lite.report.probe import peak_on_cpu
-    from mantis_lite.training.run import start
+    from mantis_lite.training.start import start
 
     with tempfile.TemporaryDirectory() as folder:
         settings = {"model": str(model), "data": str(data), "run_dir": f"{folder}/run", "lora": {"r": 8}}

@@ -45,7 +45,8 @@ from mantis_lite.data.encode import IGNORE, Encoded, Encoder
 from mantis_lite.data.packing import Length, plan
 from mantis_lite.models.levels import levels_of, look_up
 from mantis_lite.recipe_file import load_recipe
-from mantis_lite.training.run import Run, start
+from mantis_lite.training.run import Run
+from mantis_lite.training.start import start
 
 from . import planning, results, small_llava
 from .preparation import EXAMPLES

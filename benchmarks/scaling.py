@@ -39,7 +39,7 @@ from mantis_lite.data.prepare import prepare
 from mantis_lite.models.attention import use_attention
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.recipe_file import load_recipe
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 from . import planning, results, small_llava
 from .packed import keep_memory

@@ -16,7 +16,7 @@ from .generate import answer
 from .recipe import SourceRecipe
 from .recipe_file import load_recipe
 from .tiny import tasks
-from .training.run import start
+from .training.start import start
 
 ROWS, HELD_OUT, SEED = 3000, 200, 0
 

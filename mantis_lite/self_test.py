@@ -27,8 +27,8 @@ from .tiny import tasks
 from .tiny.pictures import draw
 from .trained import open_trained
 from .training.jsonlines import lines_of
-from .training.run import start
 from .training.run_files import METRICS
+from .training.start import start
 
 ROWS, STEPS, STOP = 8, 4, 2
 """Rows, which are all in each step; steps; and the one that a run is stopped after."""

@@ -45,7 +45,7 @@ def train(
     The arguments are those of `start`, and so are the errors that are raised.
     """
     from .training.progress import progress
-    from .training.run import start
+    from .training.start import start
 
     with progress(how, typer.echo) as callbacks:
         run = start(recipe, callbacks, from_scratch, import_upstream, gpu, accept_changes=accept_changes)

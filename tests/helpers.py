@@ -151,6 +151,13 @@ def recipe(model: str | Path | dict = "unused", **settings) -> Recipe:
     return make_recipe({"model": model, "data": "unused.json", "run_dir": "unused", "method": "lora"} | settings)
 
 
+def train(recipe: Recipe, **options) -> Path:
+    """The folder of the adapter, or of the model where the method is full."""
+    from mantis_lite.training.start import start  # what only reads rows need not wait for it
+
+    return start(recipe, **options).train()
+
+
 def keeps_its_layout(checkpoint: Checkpoint, model: PreTrainedModel, folder: Path) -> None:
     """What a loaded checkpoint is saved as is the checkpoint, tensor by tensor."""
     model.save_pretrained(folder)

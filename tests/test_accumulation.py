@@ -8,7 +8,7 @@ from helpers import chat, recipe, write_rows
 
 from mantis_lite.data.collate import collate
 from mantis_lite.models.activations import decoder_layers
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 ROWS = [
     chat("How do they differ?", "One is red, the other blue.", images=(1, 2)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub
-from helpers import chat, picture, write_rows
+from helpers import chat, picture, train, write_rows
 from huggingface_hub import ModelCard
 
 from mantis_lite.card import License, card, is_on_hub, recipe_yaml, stated_license
@@ -19,7 +19,6 @@ from mantis_lite.contract import read_contract
 from mantis_lite.data.jinja import chat_template
 from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.trained import open_trained
-from mantis_lite.training.run import train
 
 LLAMA3 = License("other", "llama3", "https://example.com/license")
 ASKED = " What is different in the second picture?"

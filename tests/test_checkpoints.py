@@ -17,7 +17,7 @@ from helpers import chat, recipe, write_rows
 from mantis_lite.errors import DiskError, ResumeError
 from mantis_lite.training.checkpoints import fault, newest, require_space, rotate, saved, sweep, written
 from mantis_lite.training.lock import Lock
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 
 def made(run_dir: Path, step: int) -> Path:

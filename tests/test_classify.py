@@ -12,7 +12,7 @@ import pytest
 import torch
 from clips_made import make
 from fake_hub import FakeHub
-from helpers import SHARED, logs_of, losses, numbers_of, picture, recipe
+from helpers import SHARED, logs_of, losses, numbers_of, picture, recipe, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor
 from typer.testing import CliRunner
@@ -30,7 +30,7 @@ from mantis_lite.recipe_file import make_recipe
 from mantis_lite.report.check import check
 from mantis_lite.scoring import predict
 from mantis_lite.tiny import tasks
-from mantis_lite.training.run import start, train
+from mantis_lite.training.start import start
 
 REAL = SHARED / "data/mantis-examples/classification/train.json"
 GOLDEN = SHARED / "golden/checkpoints"

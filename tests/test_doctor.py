@@ -13,7 +13,7 @@ from mantis_lite.data.collate import collate
 from mantis_lite.doctor import Diagnosis, doctor, lines, public
 from mantis_lite.errors import CheckError
 from mantis_lite.self_test import Check
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 ROOT = Path(__file__).parents[1]
 SELF_TEST = ["train", "resume", "merge", "packed == separate"]

@@ -18,7 +18,7 @@ from mantis_lite.models import lm_head
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.checkpoints import newest, saved, step_of
 from mantis_lite.training.held_out import FEW, asked_of
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 
 @pytest.fixture(scope="module")

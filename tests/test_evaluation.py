@@ -26,7 +26,7 @@ from mantis_lite.evaluate.results import read_results
 from mantis_lite.evaluate.run import compared, run
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 COUNT = 23
 

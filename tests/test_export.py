@@ -11,7 +11,7 @@ from pathlib import Path
 
 import families
 import pytest
-from helpers import chat, picture, write_rows
+from helpers import chat, picture, train, write_rows
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mantis_lite.chat import MantisChat
@@ -19,7 +19,6 @@ from mantis_lite.errors import CheckError, DiskError, RecipeError
 from mantis_lite.export import SCALED, TILED, UNREAD, export
 from mantis_lite.models.checkpoint import FAMILIES
 from mantis_lite.recipe_file import make_recipe
-from mantis_lite.training.run import train
 
 STAND_IN = """\
 import json, os, struct, sys

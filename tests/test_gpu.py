@@ -27,7 +27,7 @@ from mantis_lite.prefill import log_likelihoods, read
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.training.checkpoints import newest
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 pytestmark = [
     pytest.mark.gpu,

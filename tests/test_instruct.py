@@ -577,7 +577,7 @@ def test_what_another_process_has_fetched_meanwhile_is_not_forgotten(hub):
 
 def test_a_mixture_trains_as_its_rows_do(hub, tmp_path, llava_folder):
     """Through zips and a mixture file, and as plain JSON beside unpacked pictures: the same lengths, labels, losses."""
-    from mantis_lite.training.run import start
+    from mantis_lite.training.start import start
 
     download()
     sources = {"nlvr2": {"max_size": 4}, "iconqa": {"vl_only": True}, "llava_665k_multi": {}}

@@ -8,7 +8,7 @@ from helpers import chat, recipe, write_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mantis_lite.models.activations import decoder_layers
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 ROWS = [chat("What? <image>", f"A thing, number {at}.", images=(at + 4,)) for at in range(6)]
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__")

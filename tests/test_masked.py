@@ -9,7 +9,7 @@ from helpers import chat, logs_of, recipe, write_rows
 
 from mantis_lite.data.collate import collate
 from mantis_lite.data.encode import IGNORE
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 ROWS = [chat("What? <image>", f"A thing, number {at}.", images=(at + 4,)) for at in range(4)]
 BROKEN = 2

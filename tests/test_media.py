@@ -435,7 +435,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
 
 def test_pillows_own_settings_are_left_alone():
     import mantis_lite.cli
-    import mantis_lite.training.run  # noqa: F401
+    import mantis_lite.training.start  # noqa: F401
 
     assert PIL.ImageFile.LOAD_TRUNCATED_IMAGES is False
     assert PIL.Image.MAX_IMAGE_PIXELS == 89_478_485 > MAX_PIXELS

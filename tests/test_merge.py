@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from helpers import chat, picture, write_rows
+from helpers import chat, picture, train, write_rows
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -29,7 +29,6 @@ from mantis_lite.models.merging import Laid, stand_in
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.trained import open_trained
-from mantis_lite.training.run import train
 
 KINDS = {
     "lora": {"method": "lora"},

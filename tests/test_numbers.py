@@ -15,7 +15,7 @@ from mantis_lite.errors import DivergedError
 from mantis_lite.training.checkpoints import newest
 from mantis_lite.training.jsonlines import lines_of
 from mantis_lite.training.numbers import OVERFLOWS, Numbers
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 STEPS = 6
 

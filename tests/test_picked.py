@@ -13,7 +13,7 @@ from mantis_lite.memory.overrides import changed, taken
 from mantis_lite.recipe_file import load_recipe, make_recipe
 from mantis_lite.report.fit import fit, work_of
 from mantis_lite.training import picked
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 
 @pytest.fixture(scope="module")

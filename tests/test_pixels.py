@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SHARED, chat, in_numbers, picture, recipe
+from helpers import SHARED, chat, in_numbers, picture, recipe, train
 from test_families import EACH_MEDIA, stock_batch
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
@@ -37,7 +37,6 @@ from mantis_lite.models.load import load_model
 from mantis_lite.recipe import MediaRecipe
 from mantis_lite.trained import open_trained
 from mantis_lite.training.resume import FREE, _changes
-from mantis_lite.training.run import train
 
 SIZES = [(84, 84), (28, 28), (64, 48), (37, 91), (200, 31), (29, 200), (97, 113), (16, 17), (301, 299)]
 ROW = chat("<image>See this <image>", "It is red", "More?", "No", images=(0, 1))

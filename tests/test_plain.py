@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from families import FAMILIES
-from helpers import chat, in_numbers, picture, write_rows
+from helpers import chat, in_numbers, picture, train, write_rows
 from safetensors.torch import save_file
 
 from mantis_lite.chat import MantisChat
@@ -22,7 +22,6 @@ from mantis_lite.models.load import placed
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.scoring import predict
 from mantis_lite.trained import open_trained
-from mantis_lite.training.run import train
 
 TOKENS = 8
 METHODS = {

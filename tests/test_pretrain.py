@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from halves import save_llm, save_tower
-from helpers import chat, keeps_its_layout, losses, picture, recipe, write_rows
+from helpers import chat, keeps_its_layout, losses, picture, recipe, train, write_rows
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -35,7 +35,6 @@ from mantis_lite.report.check import check
 from mantis_lite.report.fit import fit
 from mantis_lite.tiny import pictures, tasks
 from mantis_lite.trained import open_trained
-from mantis_lite.training.run import train
 
 PROJECTOR = {f"multi_modal_projector.linear_{at}.{kind}" for at in (1, 2) for kind in ("weight", "bias")}
 SMALL = ["packing.max_length=512", "memory.kernels=off", "train.samples_per_step=4", "train.save_strategy=no"]

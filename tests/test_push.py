@@ -12,7 +12,7 @@ from select import select
 
 import pytest
 from fake_hub import COMMIT, FakeHub
-from helpers import chat, picture, write_rows
+from helpers import chat, picture, train, write_rows
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,6 @@ from mantis_lite.contract import read_contract
 from mantis_lite.errors import MantisError, RecipeError
 from mantis_lite.push import push
 from mantis_lite.recipe_file import make_recipe
-from mantis_lite.training.run import train
 
 TOKEN, USER = "hf_" + "PushesToLoopback" * 2, "quetzalcoatl"
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from helpers import chat, losses, recipe, write_rows
+from helpers import chat, losses, recipe, train, write_rows
 from torch import nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
@@ -20,7 +20,7 @@ from mantis_lite.models.adapters import make_trainable, part_of, part_sizes
 from mantis_lite.models.checkpoint import open_checkpoint
 from mantis_lite.models.load import load_model
 from mantis_lite.recipe_file import make_recipe
-from mantis_lite.training.run import start, train
+from mantis_lite.training.start import start
 
 ROWS = [chat("What is <image> beside <image>?", "red circle", images=(1, 2)), chat("Only words.", "No picture")]
 

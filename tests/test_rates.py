@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat, logs_of, losses, recipe, write_rows
+from helpers import chat, logs_of, losses, recipe, train, write_rows
 from safetensors.torch import load_file
 from test_resume import curve_of, weights_of
 from torch import nn
@@ -17,7 +17,7 @@ from benchmarks.forks import Forks
 from mantis_lite.cli import app
 from mantis_lite.errors import RecipeError
 from mantis_lite.training.rates import group_by_part
-from mantis_lite.training.run import start, train
+from mantis_lite.training.start import start
 
 ALL = ("language_model", "projector", "vision_tower")
 PLAIN = {"learning_rate": 0.01, "max_grad_norm": 0, "samples_per_step": 4, "lr_scheduler_type": "constant"}

@@ -32,7 +32,7 @@ from mantis_lite.training import report as reports
 from mantis_lite.training.charts import MOST, Line, line_of, svg
 from mantis_lite.training.pace import Pace
 from mantis_lite.training.page import COLUMNS, page
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 from mantis_lite.watch import watched
 
 STEPS = 4

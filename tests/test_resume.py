@@ -23,7 +23,7 @@ from mantis_lite.errors import DiskError
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training.checkpoints import saved, step_of
 from mantis_lite.training.jsonlines import JsonLines, lines_of
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 
 STEPS = 5
 

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from mantis_lite.data.dataset import collate_packs
 from mantis_lite.training.ranks import Ranks, join
-from mantis_lite.training.run import Run, start
+from mantis_lite.training.run import Run
 from mantis_lite.training.slices import begin_moments, load_slices, save_slices, slices_of, trained, whole_weights
+from mantis_lite.training.start import start
 from mantis_lite.training.strategy import layer_class
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from clips_made import make
 from filelock import FileLock
-from helpers import TEMPLATES, chat, losses, recipe, write_rows
+from helpers import TEMPLATES, chat, losses, recipe, train, write_rows
 from test_resume import curve_of, trained, weights_of
 from typer.testing import CliRunner
 
@@ -42,7 +42,6 @@ from mantis_lite.models.head_config import stated_head
 from mantis_lite.recipe_file import save_recipe
 from mantis_lite.sharding import shard
 from mantis_lite.training.callbacks import Ahead
-from mantis_lite.training.run import train
 
 ROWS = 24
 

@@ -12,7 +12,7 @@ from helpers import BY_CLOCK, chat, logs_of, recipe, write_rows
 from transformers import TrainerCallback
 
 from mantis_lite.errors import RecipeError
-from mantis_lite.training import run as runs
+from mantis_lite.training import start as starts
 from mantis_lite.training.trackers import EVENTS, PATIENCE, Tracker, trackers
 
 STEPS = 5
@@ -48,7 +48,7 @@ def settings(data: str, run_dir: Path, **train):
 
 def trained(data: str, run_dir: Path, *callbacks: TrainerCallback, **train) -> list[dict]:
     """What a run logged, less what differs by the clock."""
-    runs.start(settings(data, run_dir, **train), callbacks).train()
+    starts.start(settings(data, run_dir, **train), callbacks).train()
     return [{key: value for key, value in log.items() if not key.endswith(BY_CLOCK)} for log in logs_of(run_dir)]
 
 
@@ -108,9 +108,9 @@ def test_only_what_a_tracker_listens_to_is_passed_on():
 )
 def test_one_that_is_not_there_is_an_error_before_anything_is_read(report_to, message, tmp_path, monkeypatch):
     assert find_spec("clearml") is None and find_spec("flytekit") is None
-    monkeypatch.setattr(runs, "make_plan", None)
+    monkeypatch.setattr(starts, "make_plan", None)
     with pytest.raises(RecipeError, match=message):
-        runs.start(settings("nowhere.json", tmp_path / "run", report_to=report_to))
+        starts.start(settings("nowhere.json", tmp_path / "run", report_to=report_to))
     assert not (tmp_path / "run").exists()
 
 
@@ -123,7 +123,7 @@ def test_the_trainer_makes_no_tracker_itself(data, tmp_path, monkeypatch):
     """Also not the one that a cluster's environment asks for."""
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "https://127.0.0.1:9")
     monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", "x")
-    run = runs.start(settings(data, tmp_path / "run"))
+    run = starts.start(settings(data, tmp_path / "run"))
     made = [type(callback) for callback in run.trainer.callback_handler.callbacks]
     assert not [kind for kind in made if kind.__module__.startswith("transformers.integrations")]
 

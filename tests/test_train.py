@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, chat, losses, picture, write_rows
+from helpers import SHARED, chat, losses, picture, train, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -18,7 +18,7 @@ from mantis_lite.cli import app
 from mantis_lite.errors import OutOfMemory, RecipeError, ResumeError, SampleError
 from mantis_lite.models.attention import chosen_attention
 from mantis_lite.recipe_file import load_recipe, make_recipe
-from mantis_lite.training.run import start, train
+from mantis_lite.training.start import start
 
 REAL = SHARED / "data/mantis-examples/chat/train.json"
 GOLDEN = SHARED / "golden/checkpoints"
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_only_under_its_own_recipe(settings, tmp_path):
 
 
 def test_a_value_the_trainer_cannot_use_is_found_before_the_weights(settings, monkeypatch):
-    monkeypatch.setattr("mantis_lite.training.run.load_model", None)
+    monkeypatch.setattr("mantis_lite.training.start.load_model", None)
     with pytest.raises(RecipeError, match="train: "):
         train(make_recipe(settings | {"train": settings["train"] | {"lr_scheduler_type": "cosin"}}))
 
@@ -373,7 +373,7 @@ def test_out_of_memory_while_loading_says_so(settings, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("mantis_lite.training.run.load_model", full)
+    monkeypatch.setattr("mantis_lite.training.start.load_model", full)
     with pytest.raises(OutOfMemory, match=r"^out of memory while the model was loaded: CUDA out of memory") as caught:
         start(make_recipe(settings))
     assert "\n  Add to the command:\n    " in str(caught.value)

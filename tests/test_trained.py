@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat, write_rows
+from helpers import chat, train, write_rows
 from safetensors.torch import load_file, save_file
 
 from mantis_lite.agreement import logits_of
@@ -19,7 +19,7 @@ from mantis_lite.merge import _drawn
 from mantis_lite.plain_clients import write_template
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.trained import open_trained
-from mantis_lite.training.run import start, train
+from mantis_lite.training.start import start
 
 
 @pytest.fixture(scope="module")

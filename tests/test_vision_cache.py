@@ -12,7 +12,7 @@ import pytest
 import torch
 from clips_made import make
 from families import FAMILIES
-from helpers import chat, losses, picture, recipe, write_rows
+from helpers import chat, losses, picture, recipe, train, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
@@ -32,7 +32,7 @@ from mantis_lite.models.vision_cache import VisionCache
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.report.check import check
 from mantis_lite.training.callbacks import Aside
-from mantis_lite.training.run import start, train
+from mantis_lite.training.start import start
 
 TOWERS = [family for family in FAMILIES if family != "fuyu"]
 SPLIT = {"image_splitting": True}

@@ -15,7 +15,7 @@ from mantis_lite.data.deaths import died
 from mantis_lite.data.encode import Encoder
 from mantis_lite.training import signals
 from mantis_lite.training.checkpoints import newest
-from mantis_lite.training.run import start
+from mantis_lite.training.start import start
 from mantis_lite.training.workers import WorkerError
 
 

@@ -15,7 +15,7 @@ def run(settings: dict[str, Any], probe: Probe) -> None:
     """Train by a recipe with nothing beside its steps."""
     from mantis_lite.recipe_file import make_recipe
     from mantis_lite.training import plan
-    from mantis_lite.training.run import start
+    from mantis_lite.training.start import start
 
     train = {"learning_rate": RATE, "num_train_epochs": 1 + settings["rounds"], "gradient_accumulation_steps": 1}
     quiet = {"save_strategy": "no", "dataloader_num_workers": 0, "report_to": "none"}

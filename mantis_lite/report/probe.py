@@ -21,7 +21,8 @@ from ..memory.packs import Planned
 from ..memory.step import Pack, machine_of
 from ..recipe import Recipe
 from ..recipe_file import make_recipe
-from ..training.run import Run, start
+from ..training.run import Run
+from ..training.start import start
 from .fit import work_of
 
 

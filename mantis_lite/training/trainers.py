@@ -1,4 +1,4 @@
-"""The trainers of transformers and TRL, with what packs ask of them; and the arguments of a run."""
+"""The trainers of transformers and TRL, with what packs and runs ask of them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,23 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from ..conflicts import METRICS
 from ..data.deaths import TOLD
 from ..data.encode import IGNORE
 from ..data.labels import Labels
-from ..data.schedule import Schedule
-from ..errors import RecipeError, ResumeError
+from ..errors import ResumeError
 from ..metrics import Metrics, score_metrics
 from ..models.adapters import trained_parameters
 from ..models.family import Family
 from ..models.head import score_loss
 from ..models.lm_head import score_supervised
-from ..models.load import loader_workers
-from ..models.precision import working_dtype
-from ..recipe import Recipe
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers, numel
 from .ranks import ALONE, Ranks
@@ -54,16 +50,13 @@ from .slices import (
     trained,
     whole_weights,
 )
-from .strategy import gather_at_once, process_arguments, strategy_arguments, wrap_layers
+from .strategy import gather_at_once, wrap_layers
 from .workers import Deaths, Doing, Feed, WorkerError
 
 log = logging.getLogger("mantis_lite")
 
 SHARED = "shared.json"
 """In a checkpoint of what is in parts: the scheduler, and how many steps the optimizer has taken."""
-LESS_IS_BETTER = ("loss", "mse", "mae")
-SAVE_STEPS = 500
-"""About how often a run saves that keeps its best checkpoint: where it is evaluated, too. transformers' own number."""
 
 
 class Lasting(Trainer):
@@ -426,62 +419,3 @@ def _with_patient_workers(loader: DataLoader) -> DataLoader:
     for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wraps one that iterates
         each.worker_init_fn = leave_signals
     return loader
-
-
-def offloads(recipe: Recipe) -> bool:
-    """Whether what is kept for the backward pass goes to the host's memory; without a GPU it is there already."""
-    return recipe.memory.offload_activations and torch.cuda.is_available()
-
-
-def arguments(recipe: Recipe, packs: Schedule, evaluates: bool, ranks: Ranks = ALONE) -> TrainingArguments:
-    """TrainingArguments of a run: the recipe's own, and those the pack contract fixes. Raises RecipeError."""
-    gpu = torch.cuda.is_available()
-    dtype = working_dtype()
-    own = {k: v for k, v in recipe.train.items() if k not in ("tokens_per_step", "samples_per_step", "report_to")}
-    defaults = {
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": not gpu,
-        "dataloader_num_workers": loader_workers(),
-        "logging_nan_inf_filter": False,  # a NaN must be seen, not logged as 0.0
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "eval_strategy": "steps" if recipe.eval.every else "epoch" if evaluates else "no",
-        "eval_steps": recipe.eval.every,
-        "eval_on_start": evaluates,  # to know later what it was like before; and what fails there, fails at once
-        **process_arguments(ranks),
-    }
-    scores = recipe.task == "classify"
-    fixed: dict[str, Any] = {
-        "output_dir": str(recipe.run_dir),
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "save_total_limit": None,  # Lasting removes checkpoints
-        "gradient_accumulation_steps": packs.accumulation(ranks.at_once),
-        "max_steps": packs.steps,
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",  # the plan has shuffled the packs
-        "remove_unused_columns": False,
-        "prediction_loss_only": not scores,
-        "gradient_checkpointing": False,  # what is computed again, models/activations.py has set
-        "average_tokens_across_devices": True,
-        **strategy_arguments(recipe),
-    }
-    if scores:
-        fixed["label_names"] = ["labels"]
-    else:
-        fixed |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        fixed["activation_offloading"] = offloads(recipe)
-    if metric := recipe.eval.metric:
-        assert recipe.eval.every
-        defaults["save_steps"] = max(1, SAVE_STEPS // recipe.eval.every) * recipe.eval.every
-        fixed |= {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{metric}"}
-        fixed["greater_is_better"] = metric not in LESS_IS_BETTER
-    if recipe.memory.optimizer != "auto":
-        fixed["optim"] = recipe.memory.optimizer
-    try:
-        made = (TrainingArguments if scores else SFTConfig)(**(defaults | own | fixed))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"train: {error}\n  Mend the value; keys are TrainingArguments' own.") from None
-    made.report_to = []  # the run's trackers do that; transformers itself adds one that a cluster's environment names
-    return made
