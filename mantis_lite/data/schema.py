@@ -306,7 +306,10 @@ def _typed(part: Any, place: str, root: MediaFolder, marks: tuple[Mark, ...]) ->
             raise Fault(f'"text" of {place} is {kind_of(text)}', "Give a string.")
         return _split(text, in_text)
     if kind == "image":
-        found = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        keys = (key for key in ("image", "path", "url", "base64") if part.get(key) is not None)
+        found = part[key] if (key := next(keys, None)) else None
+        if key == "base64" and isinstance(found, str) and not found.startswith("data:"):
+            found = f"data:;base64,{found}"
         return [Mark.IMAGE if found is None else read_image(found, place, root)]
     if kind == "image_url":
         link = part.get("image_url")
