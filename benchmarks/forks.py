@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from mantis_lite.errors import MantisError, Stopped
 from mantis_lite.recipe_file import make_recipe
-from mantis_lite.training import charts, run
+from mantis_lite.training import charts, start
 
 from . import stock
 from .faults import faults
@@ -98,7 +98,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # and a shell's background this
-    assert charts and run  # imported before the first fork
+    assert charts and start  # imported before the first fork
     for name in sys.argv[1:]:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -156,7 +156,7 @@ def _train(job: dict[str, Any], callbacks: list[TrainerCallback]) -> None:
     if job.get("stock"):
         stock.train(job["settings"], callbacks)
         return
-    started = run.start(make_recipe(job["settings"]), callbacks, **job.get("options", {}))
+    started = start.start(make_recipe(job["settings"]), callbacks, **job.get("options", {}))
     os.write(2, "".join(f"notice: {notice}\n" for notice in started.notices).encode())
     started.train()
 

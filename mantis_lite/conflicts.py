@@ -76,6 +76,9 @@ def _part_conflicts(recipe: Recipe) -> Iterator[str]:
         yield "trainable: every part is frozen, so nothing would be trained\n  Set trainable.language_model=adapter."
     elif recipe.method != "full" and "adapter" not in recipe.parts.values():
         yield f"trainable: no part takes an adapter, but method={recipe.method}\n  Set method=full."
+    if recipe.trainable.lr.given and (optimizer := recipe.memory.optimizer).endswith(("lomo", "_layerwise")):
+        found = f"memory.optimizer={optimizer} has one rate for all parts"
+        yield f"trainable.lr: {found}\n  Set another, or leave the rates out."
     if recipe.trainable.lr.head and recipe.task != "classify":
         yield f"trainable.lr.head: has no effect with task={recipe.task}\n  Set task=classify, or leave it out."
 

@@ -130,6 +130,7 @@ class RatesRecipe(Section):
 
     @property
     def given(self) -> dict[str, float]:
+        """By part, those that are written out."""
         return self.model_dump(exclude_none=True)
 
 
@@ -140,7 +141,7 @@ class TrainableRecipe(Section):
     """How it trains; else frozen, but in full with method=full and task=pretrain."""
     vision_tower: Training | None = None
     """How it trains; else frozen."""
-    lr: RatesRecipe = RatesRecipe()
+    lr: Annotated[RatesRecipe, BeforeValidator(lambda given: given or {})] = RatesRecipe()
     """Learning rates of parts by their names."""
 
 

@@ -175,8 +175,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             merged.pop(key, None)  # `lora=null` takes a key back to its default
             continue
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        below = merged.get(key)
+        merged[key] = _merge(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
     return merged
 
 

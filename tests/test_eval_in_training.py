@@ -222,7 +222,7 @@ def test_a_held_out_loss_holds_a_tile_of_logits(llava_folder, files, tmp_path, m
             {"eval": {"every": 1, "metric": "f1"}, "task": "classify", "head": {"problem": "regression"}},
             "eval.metric: f1 is not among what is evaluated\n  Set one of loss, mse, mae, spearman, pearson.",
         ),
-        ({"data": 5, "eval": {"data": "held.json"}}, "data: input should be a valid dictionary"),
+        ({"data": 5, "eval": {"data": "held.json"}}, "data: expected its own keys"),
         (
             {"eval": {"every": 1, "generate": 1}, "memory": {"vision_cache": "disk"}},
             "eval.generate: 1, but memory.vision_cache keeps what pictures come to",

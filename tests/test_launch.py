@@ -10,10 +10,11 @@ import torch
 from helpers import chat, losses, recipe, write_rows
 
 from mantis_lite.errors import RecipeError
+from mantis_lite.recipe_file import deepspeed_config
 from mantis_lite.training.checkpoints import saved
 from mantis_lite.training.launch import launch_config
 from mantis_lite.training.ranks import world
-from mantis_lite.training.strategy import deepspeed_config, require_strategy, settled_launch, strategy_arguments
+from mantis_lite.training.strategy import require_strategy, settled_launch, strategy_arguments
 
 
 def launched(**launch):

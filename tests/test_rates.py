@@ -9,13 +9,13 @@ import torch
 from helpers import chat, logs_of, losses, recipe, train, write_rows
 from safetensors.torch import load_file
 from test_resume import curve_of, weights_of
+from test_train import StopAt
 from torch import nn
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from typer.testing import CliRunner
 
 from benchmarks.forks import Forks
 from mantis_lite.cli import app
-from mantis_lite.errors import RecipeError
+from mantis_lite.errors import RecipeError, ResumeError
 from mantis_lite.training.rates import group_by_part
 from mantis_lite.training.start import start
 
@@ -90,6 +90,8 @@ def test_where_every_part_has_its_own_the_log_names_one_for_all(llava_folder, ro
     (log,) = [log for log in logs_of(tmp_path / "run") if "loss" in log]
     assert {part: log[f"learning_rate_{part}"] for part in ALL} == own
     assert log["learning_rate"] == own["language_model"]
+    page = (tmp_path / "run/report.html").read_text()
+    assert all(f">{part.replace('_', ' ')}<" in page for part in ALL)
 
 
 def test_a_score_head_has_a_rate(llava_folder, tmp_path):
@@ -155,34 +157,45 @@ def test_an_adapter_that_is_gone_on_with_says_what_has_a_rate(llava_folder, rows
     short = {"method": "lora", "memory": {}}
     first = train(asked(llava_folder, rows, tmp_path / "first", **short, trainable={}))
     model = {"name": str(llava_folder), "adapter": str(first)}
-    with pytest.raises(RecipeError, match=r"trainable.lr.projector: what trains is language_model\n  Leave it out."):
+    with pytest.raises(
+        RecipeError, match=r"trainable.lr.projector: model.adapter trains language_model\n  Leave it out."
+    ):
         start(asked(model, rows, tmp_path / "run", **short, trainable={"lr": {"projector": 0.1}}))
     train(asked(model, rows, tmp_path / "run", **short, trainable={"lr": {"language_model": 0.03}}))
     (log,) = [log for log in logs_of(tmp_path / "run") if "loss" in log]
     assert log["learning_rate_language_model"] == 0.03
 
 
-def test_an_optimizer_without_groups_has_one_rate():
-    layer = nn.Linear(2, 2)
-    optimizer = LayerWiseDummyOptimizer(optimizer_dict={})
-    group_by_part(optimizer, {"projector": layer.parameters()}, {})
-    said = "trainable.lr.projector: LayerWiseDummyOptimizer has no groups of parameters, whose rates could differ"
-    with pytest.raises(RecipeError, match=said):
-        group_by_part(optimizer, {"projector": layer.parameters()}, {"projector": 0.1})
+def test_a_checkpoint_with_other_groups_is_refused(llava_folder, rows, tmp_path, monkeypatch):
+    settings = {"method": "full", "train": PLAIN | {"num_train_epochs": 1, "save_steps": 1}, "trainable": {}}
+    run = start(asked(llava_folder, rows, tmp_path / "run", **settings))
+    with monkeypatch.context() as before:  # as a version did that had no groups of parts
+        before.setattr("mantis_lite.training.trainers.group_by_part", lambda *_: None)
+        run.trainer.add_callback(StopAt(1))
+        run.walk()
+        run.lock.release()
+    with pytest.raises(ResumeError, match="another version of this package: loaded state dict has a different number"):
+        start(asked(llava_folder, rows, tmp_path / "run", **settings)).train()
 
 
-def test_groups_keep_what_else_they_have():
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_groups_keep_what_else_they_have(kind):
     layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
     groups = [{"params": [layer.weight, other.weight], "weight_decay": 0.3}, {"params": [layer.bias, other.bias]}]
-    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0)
+    optimizer = torch.optim.AdamW(groups, lr=kind(0.1), weight_decay=0, foreach=False)
     group_by_part(optimizer, {"b": list(layer.parameters()), "a": list(other.parameters())}, {"a": 0.5})
-    found = [(g["part"], g["lr"], g["weight_decay"], [id(p) for p in g["params"]]) for g in optimizer.param_groups]
+    found = [
+        (g["part"], round(float(g["lr"]), 6), g["weight_decay"], [id(p) for p in g["params"]])
+        for g in optimizer.param_groups
+    ]
     assert found == [
         ("a", 0.5, 0.3, [id(other.weight)]),
         ("b", 0.1, 0.3, [id(layer.weight)]),
         ("a", 0.5, 0, [id(other.bias)]),
         ("b", 0.1, 0, [id(layer.bias)]),
     ]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert {type(rate) for rate in rates} == {type(kind(0.1))} and len({id(rate) for rate in rates[:2]}) == 2
 
 
 def test_a_rate_is_given_on_the_command_line(llava_folder, rows, tmp_path):

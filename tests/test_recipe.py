@@ -85,6 +85,9 @@ def test_saved_and_read_again_it_is_the_same(tmp_path, path):
         ("data=[a.json, b/c]", lambda r: [s.path for s in r.data.sources], ["a.json", "b/c"]),
         ("data.eval=0.05", lambda r: (r.data.eval, r.data.sources[0].path), (0.05, "my.json")),
         ("data.sources=x.json", lambda r: r.data.sources[0].path, "x.json"),
+        ("trainable.lr=null", lambda r: r.trainable.lr.given, {}),
+        ("trainable.lr.language_model=null", lambda r: r.trainable.lr.given, {}),
+        ("trainable={lr: null}", lambda r: r.trainable.lr.given, {}),
         ("lora=null", lambda r: (r.lora.r, r.lora.dropout, r.lora.model_fields_set), (16, 0.0, set())),
         ("train.samples_per_step=null", lambda r: "samples_per_step" in r.train, False),
         ("run_dir=elsewhere", lambda r: r.run_dir, Path("elsewhere")),
@@ -220,6 +223,10 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
             {"method": "lora", "trainable": {"lr": {"head": 1e-3}}},
             "trainable.lr.head: has no effect with task=chat\n  Set task=classify, or leave it out.",
         ),
+        (
+            {"method": "lora", "trainable": {"lr": {"language_model": 1}}, "memory": {"optimizer": "adalomo"}},
+            "trainable.lr: memory.optimizer=adalomo has one rate for all parts\n  Set another, or leave the rates out.",
+        ),
         ({"method": "full", "lora": {"r": 8}}, "lora.r: has no effect with method=full"),
         (
             {"method": "lora", "memory": {"quantize": ["language_model"]}},
@@ -244,6 +251,7 @@ def test_train_keys_that_are_set_elsewhere(settings, message):
         "no adapter",
         "frozen rate",
         "no head",
+        "one rate",
         "lora unused",
         "quantize",
         "other part",
@@ -333,6 +341,11 @@ def test_every_key_that_is_set_elsewhere_says_where(key):
 def test_all_mistakes_at_once():
     message = refused({"train": {"optim": "sgd", "nothing_like_it": 1}, "trainable": {"lr": {"projector": 1e-3}}})
     assert len(message.splitlines()) == 4
+
+
+def test_a_recipe_of_before_there_were_rates_is_read():
+    settings = {"model": "m", "data": "d", "run_dir": "r", "trainable": {"language_model": None, "lr": None}}
+    assert make_recipe(settings).trainable.lr.given == {}
 
 
 def test_a_full_recipe_reads_back(tmp_path):

@@ -74,7 +74,8 @@ def test_bytes_win_over_a_path(picture):
 
 def test_data_uris_are_decoded():
     uri = "data:image/png;base64," + base64.b64encode(b"PNG").decode()
-    named = [{"type": "image", "base64": uri}, {"type": "image", "base64": uri.partition(",")[2]}]
+    encoded = uri.partition(",")[2]
+    named = [{"type": "image", "base64": text} for text in (uri, encoded, f"{encoded[:2]}\n{encoded[2:]}\n")]
     for part in ({"type": "image_url", "image_url": {"url": uri}}, *named):
         assert contents(chat([part], "Ho")) == [(Image(b"PNG"),), ("Ho",)]
     assert contents(chat("<image>", "Ho", images=[uri])) == [(Image(b"PNG"),), ("Ho",)]
@@ -229,8 +230,16 @@ def picture(value):
             "task=chat reads text",
         ),
         (of_user(content=[{"type": "image_url"}]), "part 1 of turn 1 is null", "Give a path"),
-        (of_user(content=[{"type": "image", "base64": ["x"]}]), "part 1 of turn 1 is a list", "Give a path"),
-        (of_user(content=[{"type": "image", "base64": "?"}]), "part 1 of turn 1 is a data: URI that is not", "Encode"),
+        (
+            of_user(content=[{"type": "image", "base64": ["x"]}]),
+            '"base64" of part 1 of turn 1 is a list',
+            "Give the pic",
+        ),
+        (
+            of_user(content=[{"type": "image", "base64": "a.jpg"}]),
+            '"base64" of part 1 of turn 1 is not base64',
+            "Encode",
+        ),
         (
             chat("<image>", "<image>x", images=["a"]),
             "1 image but 2 <image> marks",

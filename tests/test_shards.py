@@ -510,6 +510,7 @@ def test_room_that_a_killed_process_reserved_is_taken_back(tmp_path):
     cache = ShardCache(tmp_path / "cache", 150)
     cache.folder.mkdir()
     (cache.folder / "of-one-that-was-killed.tar.120.part").touch()
+    (cache.folder / f"{file.sha256[:32]}-a.tar.100.part").touch()  # and of the same file
     system = fsspec.filesystem("memory")
     system.pipe_file(f"/{tmp_path.name}/a.tar", b"a" * 100)
     with cache.open(Place(f"memory://{tmp_path.name}"), file) as opened:

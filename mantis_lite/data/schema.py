@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ..errors import SampleError
 from ..recipe import Task
-from .columns import Fault, clips_of, kind_of, pictures_of, read_clip, read_image, short
+from .columns import Fault, clips_of, kind_of, pictures_of, read_base64, read_clip, read_image, short
 from .paths import MediaFolder
 from .sample import Image, Role, Sample, Turn, Video
 
@@ -306,10 +306,9 @@ def _typed(part: Any, place: str, root: MediaFolder, marks: tuple[Mark, ...]) ->
             raise Fault(f'"text" of {place} is {kind_of(text)}', "Give a string.")
         return _split(text, in_text)
     if kind == "image":
-        keys = (key for key in ("image", "path", "url", "base64") if part.get(key) is not None)
-        found = part[key] if (key := next(keys, None)) else None
-        if key == "base64" and isinstance(found, str) and not found.startswith("data:"):
-            found = f"data:;base64,{found}"
+        found = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        if found is None and part.get("base64") is not None:
+            return [Image(read_base64(part["base64"], f'"base64" of {place}'))]
         return [Mark.IMAGE if found is None else read_image(found, place, root)]
     if kind == "image_url":
         link = part.get("image_url")

@@ -57,6 +57,7 @@ class ShardCache:
             if _used(path):
                 return path
             part = Path(f"{path}.{file.bytes}{PART}")
+            part.unlink(missing_ok=True)  # of one that was killed: it would count beside what is reserved for this
             self._make_room(part, place, file)
             try:
                 self._get(place, file, part)

@@ -17,7 +17,7 @@ from .jsonlines import lines_of
 
 MOST = 400
 """Points of a line; of more, each is a mean of several."""
-COLOURS = ("#4078c0", "#d9822b", "#8a8a8a")
+COLOURS = ("#4078c0", "#d9822b", "#3a9a5b", "#b0568f", "#8a7a2e")
 SVG = {"#000000": "currentColor", "#b0b0b0": "currentColor", **{c: f"var(--c{at})" for at, c in enumerate(COLOURS)}}
 """What is drawn in these colours is drawn in the page's own, by day and by night."""
 
@@ -71,7 +71,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
 def _figure(lines: Sequence[Line], size: tuple[float, float], room: tuple[float, float, float, float]) -> Figure:
     figure = Figure(figsize=size)
     axes = figure.add_axes(room)
-    for line, colour in zip(lines, COLOURS, strict=False):
+    for line, colour in zip(lines, COLOURS[: len(lines)], strict=True):
         if not line.steps:
             continue
         marker = "o" if len(line.steps) < 30 and not line.flat else None

@@ -25,7 +25,7 @@ REFRESH = 10
 
 
 class Chart(NamedTuple):
-    """One or two lines over the steps, and what the last points are."""
+    """Lines over the steps, and what their last points are."""
 
     title: str
     now: str

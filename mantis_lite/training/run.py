@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from ..card import write_card
 from ..contract import Contract, contract_of, facts_of

@@ -29,7 +29,7 @@ from ..conflicts import METRICS
 from ..data.deaths import TOLD
 from ..data.encode import IGNORE
 from ..data.labels import Labels
-from ..errors import ResumeError
+from ..errors import ResumeError, one_line
 from ..metrics import Metrics, score_metrics
 from ..models.adapters import trained_parameters
 from ..models.family import Family
@@ -38,7 +38,7 @@ from ..models.lm_head import score_supervised
 from .checkpoints import fault, folder_of, rotate, written
 from .numbers import Numbers, numel
 from .ranks import ALONE, Ranks
-from .rates import group_by_part, rates_now
+from .rates import group_by_part, like, rates_now
 from .signals import leave_signals
 from .slices import (
     begin_moments,
@@ -114,7 +114,7 @@ class Lasting(Trainer):
                 self._feed.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """As the trainer's own, with a rate for each part. Raises RecipeError."""
+        """As the trainer's own, with a group for each part."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made:
@@ -335,7 +335,11 @@ class Lasting(Trainer):
         """Load the optimizer's and the scheduler's state; rates and the like are the recipe's, where it was changed."""
         scheduler = self.lr_scheduler
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        load()
+        try:
+            load()
+        except ValueError as error:  # of torch, which counts groups and what is in them
+            found = f"train: the optimizer's state is of another version of this package: {one_line(error)}"
+            raise ResumeError(f"{found}\n  Add --from-scratch, or go on with the version it was begun with.") from None
         if not self.accepted:
             return
         if not isinstance(scheduler, LambdaLR):
@@ -346,7 +350,7 @@ class Lasting(Trainer):
         shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
         scheduler._last_lr = [rate * share for rate, share in zip(scheduler.base_lrs, shares, strict=True)]
         for group, kept, rate in zip(self.optimizer.param_groups, own, scheduler._last_lr, strict=True):
-            group |= kept | {"lr": rate}
+            group |= kept | {"lr": like(float(rate), kept["lr"])}
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if getattr(self.accelerator, "scaler", None) is not None:  # or the run goes on in another format of 16 bits
