@@ -53,9 +53,10 @@ def whole(path: Path, indices: list[int], every: bool) -> list[Image.Image]:
         stream.thread_count = 1
         found = []
         for at, frame in enumerate(container.decode(stream)):
-            picture = frame.to_image() if every or at in wanted else None
-            if at in wanted:
-                found.append(picture)
+            if every or at in wanted:
+                picture = frame.to_image()
+                if at in wanted:
+                    found.append(picture)
     return found
 
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from mantis_lite.errors import MantisError, Stopped
 from mantis_lite.recipe_file import make_recipe
-from mantis_lite.training import charts, start
+from mantis_lite.training.start import start
 
 from . import stock
 from .faults import faults
@@ -48,6 +48,8 @@ class Forks:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
         )
+        assert self.process.stdin
+        self.stdin = self.process.stdin
         self.numbers = count()
         return self
 
@@ -56,8 +58,8 @@ class Forks:
             self.process.terminate()  # with the run that is in its way
         elif self.process.poll() is None:
             # Said, as the pipe may stay open in what this process has forked.
-            self.process.stdin.write("null\n")
-            self.process.stdin.flush()
+            self.stdin.write("null\n")
+            self.stdin.flush()
         self.process.communicate()
 
     def __call__(self, settings: dict[str, Any], **job: Any) -> dict[str, Any]:
@@ -71,10 +73,9 @@ class Forks:
 
     def begin(self, settings: dict[str, Any], **job: Any) -> int:
         """Begin a job without waiting for it; returns its number."""
-        assert self.process.stdin
         number = next(self.numbers)
-        self.process.stdin.write(json.dumps({"number": number, "settings": settings, **job}) + "\n")
-        self.process.stdin.flush()
+        self.stdin.write(json.dumps({"number": number, "settings": settings, **job}) + "\n")
+        self.stdin.flush()
         return number
 
     def end(self, number: int) -> dict[str, Any]:
@@ -98,7 +99,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # and a shell's background this
-    assert charts and start  # imported before the first fork
     for name in sys.argv[1:]:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -156,7 +156,7 @@ def _train(job: dict[str, Any], callbacks: list[TrainerCallback]) -> None:
     if job.get("stock"):
         stock.train(job["settings"], callbacks)
         return
-    started = start.start(make_recipe(job["settings"]), callbacks, **job.get("options", {}))
+    started = start(make_recipe(job["settings"]), callbacks, **job.get("options", {}))
     os.write(2, "".join(f"notice: {notice}\n" for notice in started.notices).encode())
     started.train()
 

@@ -25,6 +25,7 @@ from PIL import Image
 from mantis_lite import tiny
 from mantis_lite.memory import seeing, standins
 from mantis_lite.models import tower
+from mantis_lite.recipe import Kernel
 
 from . import results
 
@@ -39,7 +40,7 @@ TEXT = {
 }
 TOWER = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 FULL = ["method=full", "trainable.projector=full"]
-FUSED = frozenset(("rms_norm", "swiglu"))
+FUSED: frozenset[Kernel] = frozenset(("rms_norm", "swiglu"))
 """What others' compiled layers or own kernels are taken to be in one kernel."""
 
 CASES: dict[str, tuple[str, int, list[str]]] = {
@@ -75,13 +76,13 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
 """A family, tokens in a pack, overrides."""
 
 
-def make_config(family: str, image: int) -> Any:
+def make_config(family: str, image: int | None) -> Any:
     """A random model small enough for a CPU; `image` is the id of the token that stands for pictures."""
     from transformers import FuyuConfig, Idefics2Config, LlavaConfig, Qwen2VLConfig, Qwen3VLConfig
 
     if family == "llava":
         vision = TOWER | {"model_type": "siglip_vision_model", "image_size": 112, "patch_size": 14}
-        text = TEXT | {"model_type": "llama"}
+        text: dict[str, Any] = TEXT | {"model_type": "llama"}
         layer = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
         return LlavaConfig(
             vision_config=vision | {"vision_use_head": False}, text_config=text, image_token_index=image, **layer
@@ -103,8 +104,8 @@ def make_config(family: str, image: int) -> Any:
             hidden_size=256,
             image_token_id=image,
         )
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5]}
-    text = TEXT | {"rope_parameters": rope, "rope_scaling": rope}
+    sections = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5]}
+    text = TEXT | {"rope_parameters": sections, "rope_scaling": sections}
     if family == "qwen2_vl":
         vision = {"embed_dim": 96, "hidden_size": 256, "mlp_ratio": 3, "depth": 3, "num_heads": 4, "patch_size": 14}
         return Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=image)
@@ -383,7 +384,7 @@ def qwen() -> dict[str, Any]:
         unpacked = 2 * 4096 * (4 * 4096 + 3 * shape["intermediate_size"])
         buffers = 0 if method == "lora" else 2 * 2 * 200_000_000 + unpacked
         for tokens, found in points.items():
-            config, recipe = of_llama(method, {"r": 64, "dropout": 0.05}, **shape)
+            config, recipe = of_llama(method, {"r": 64, "dropout": 0.05}, "auto", **shape)
             tensors = estimate(config, recipe, Pack(tokens, tokens, tokens), machine).allocated + buffers
             total = tensors + CONTEXT + gaps * tokens
             figures[f"H7, {method}, {tokens}"] = compared(total / 1e9, found, "gb")

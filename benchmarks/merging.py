@@ -51,11 +51,11 @@ def make_adapter(base: Path, folder: Path) -> int:
     from mantis_lite.models.adapters import lora_config
     from mantis_lite.models.checkpoint import open_checkpoint
     from mantis_lite.models.merging import stand_in
-    from mantis_lite.recipe import LoraRecipe, ModelRecipe
+    from mantis_lite.recipe import LoraRecipe, ModelRecipe, Part, Training
 
     checkpoint = open_checkpoint(ModelRecipe(name=str(base)))
     plain = stand_in(checkpoint.config, scores=False)
-    parts = {"language_model": "adapter", "projector": "frozen", "vision_tower": "frozen"}
+    parts: dict[Part, Training] = {"language_model": "adapter", "projector": "frozen", "vision_tower": "frozen"}
     adapted = get_peft_model(plain, lora_config(plain, checkpoint.family, parts, LoraRecipe(r=16)))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -89,7 +89,7 @@ def own_memory() -> int:
     return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
 
-def in_a_process(*words: str) -> dict[str, float]:
+def in_a_process(*words: str) -> dict[str, Any]:
     """What a step prints last, in a process of its own: what this one holds would count as that one's."""
     command = [sys.executable, "-m", "benchmarks.merging", *words]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -102,8 +102,9 @@ def main() -> None:
     parser.add_argument("--merge", nargs=4, help="only merge this adapter, base, folder and --base")
     args = parser.parse_args()
     if args.make:
-        base, adapter = map(Path, args.make)
-        print(json.dumps({"weights": make_base(base), "adapter": make_adapter(base, adapter)}))
+        made_base, made_adapter = map(Path, args.make)
+        made = {"weights": make_base(made_base), "adapter": make_adapter(made_base, made_adapter)}
+        print(json.dumps(made))
         return
     if args.merge:
         merge_alone(*args.merge)

@@ -131,7 +131,9 @@ def measure(case: Case, files: Sequence[Path]) -> dict[str, Any]:
     }
     ways |= {b: lambda b=b: ours(visions[b], recipes[b], alone) for b in recipes}  # type: ignore[misc]
     seconds = results.interleaved(ways, clock=time.process_time)
-    batch = [sample_of(np.roll(files, -A_SAMPLE * at)[:A_SAMPLE].tolist()) for at in range(A_BATCH)]
+    again = [*files, *files]
+    starts = (A_SAMPLE * at % len(files) for at in range(A_BATCH))
+    batch = [sample_of(again[start : start + A_SAMPLE]) for start in starts]
     (pil, *others), (fast,) = (
         ours(visions[backend], recipes[backend], some) for backend, some in (("pil", batch), ("fast", batch[:1]))
     )

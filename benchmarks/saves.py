@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from mantis_lite.errors import DiskError, ResumeError
 from mantis_lite.recipe_file import make_recipe
 from mantis_lite.training import checkpoints
+from mantis_lite.training.start import start
 
 from . import sides, stock
 
@@ -60,7 +61,7 @@ class Saver:
 def ours(folder: Path) -> Saver:
     """A run of this package."""
     rows = sides.write_rows(folder / "rows.jsonl", 3 * sides.ROWS_A_STEP)
-    begun = start.start(make_recipe(sides.recipe(rows, folder / "run", {"save_total_limit": None})))
+    begun = start(make_recipe(sides.recipe(rows, folder / "run", {"save_total_limit": None})))
     begun.walk()
     trainer = begun.trainer
     trainer.keep = KEPT
