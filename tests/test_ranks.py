@@ -62,7 +62,7 @@ def settings_of(model: Path, folder: Path, task: str = "chat", **more) -> dict:
         "eval": {"every": 2},
         "train": {"learning_rate": 0.01, "gradient_accumulation_steps": 2, "save_steps": 1, "seed": 3, "max_steps": 4}
         | {"adam_epsilon": 1e-3},  # or a number whose gradient is nearly none goes by how that was rounded
-        "trainable": {"lr": {"projector": 0.02} if method == "full" else {"language_model": 0.02}},
+        "trainable": {"lr": {"projector": 0.02} if method == "full" else {}},
         **({"head": {"problem": "regression"}} if task == "classify" else {}),
         **more,
     }
