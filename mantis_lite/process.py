@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -31,8 +33,19 @@ def prepare_process() -> None:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: those it may run on, or as many as its container's quota comes to."""
+    runs_on = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(runs_on, quota_of(Path("/sys/fs/cgroup")) or runs_on)
+
+
+def quota_of(group: Path) -> int | None:
+    """The cores that a control group's quota of their time comes to, by either version of Linux' own, if it has one."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        if all((group / name).is_file() for name in names):
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(period) > 0 and quota.isdigit():  # or "max", or -1
+                return max(1, math.ceil(int(quota) / int(period)))
+    return None
 
 
 def leave(code: int) -> NoReturn:

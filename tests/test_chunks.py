@@ -20,6 +20,7 @@ from mantis_lite.data.chunks import CHUNK, MOST_WORKERS, ROWS_EACH, workers_for
 from mantis_lite.data.encode import Score
 from mantis_lite.data.prepare import Prepared, Samples, prepare
 from mantis_lite.errors import DataError, FitError, SampleError
+from mantis_lite.process import cores, quota_of
 from mantis_lite.recipe import HeadRecipe
 
 ROWS = 3 * CHUNK + 40
@@ -140,11 +141,31 @@ def test_random_numbers_do_not_depend_on_who_reads(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "400000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota_is_its_cores(tmp_path, files, found):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert quota_of(tmp_path) == found
+
+
 def test_few_rows_are_read_by_one_process_and_many_by_as_many_as_there_are_cores():
-    cores = len(os.sched_getaffinity(0))
+    here = cores()
     assert workers_for(2 * ROWS_EACH - 1) == 0
-    assert workers_for(2 * ROWS_EACH) == (2 if cores > 1 else 0)
-    assert workers_for(MOST_WORKERS * ROWS_EACH) == (min(cores, MOST_WORKERS) if cores > 1 else 0)
+    assert workers_for(2 * ROWS_EACH) == (2 if here > 1 else 0)
+    assert workers_for(MOST_WORKERS * ROWS_EACH) == (min(here, MOST_WORKERS) if here > 1 else 0)
 
 
 def dying(times: int, folder: Path):
