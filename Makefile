@@ -40,7 +40,7 @@ test-all: test test-slow
 # The oldest versions that pyproject.toml allows and the newest, each in an environment of its own, and the tests that
 # the same numbers come out: packed and separate, original code and ours, stopped and not, saved and loaded again. Of
 # torch there is one version on the index this is made on, so its floor is the one that is not tested.
-VERSION_TESTS := isolation golden families resume adapters upstream quantized load train trackers secrets chat merge jinja
+VERSION_TESTS := isolation golden families resume rates adapters upstream quantized load train trackers secrets chat merge jinja
 SHOWN := torch|transformers|trl|peft|datasets|accelerate|bitsandbytes|huggingface_hub|tokenizers|safetensors|numpy
 
 test-versions: test-floor test-latest
