@@ -98,17 +98,19 @@ def _data_uri(uri: str, place: str) -> bytes:
     head, _, body = uri.partition(",")
     if not head.endswith(";base64"):
         raise Fault(f"{place} is a data: URI without ;base64: {short(uri)}", "Encode it as base64.")
-    return read_base64(body, f"{place} is a data: URI, which")
+    return _decoded(body, f"{place} is a data: URI, which")
 
 
 def read_base64(found: Any, place: str) -> bytes:
     """The bytes of a picture that is written as base64, in lines or in one, or as a data: URI of it."""
     if not isinstance(found, str):
         raise Fault(f"{place} is {kind_of(found)}", "Give the picture's bytes as base64.")
-    if found.startswith("data:"):
-        return _data_uri(found, place)
+    return _data_uri(found, place) if found.startswith("data:") else _decoded("".join(found.split()), place)
+
+
+def _decoded(text: str, place: str) -> bytes:
     try:
-        return base64.b64decode("".join(found.split()), validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise Fault(f"{place} is not base64 ({error})", "Encode it again.") from None
 

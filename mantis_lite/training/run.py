@@ -65,10 +65,10 @@ class Run(Plan):
         chosen = chosen_kernels(self.recipe)
         notices.extend(words(fused_layers(self.trainer.model, self.checkpoint.family, chosen)))
         if adapter := self.recipe.model.adapter:
-            unused = "lora and trainable are not used, but for rates"
-            notices.append(f"going on with {adapter} by its own settings: the recipe's {unused}")
-        blind = self.trainer.numbers.parts.keys() - self._used(self.schedule.steps)
-        notices.extend(f"{part}: no row has a picture, so it stays as it is" for part in sorted(blind))
+            own = f"going on with {adapter} by its own settings"
+            notices.append(f"{own}: the recipe's lora and trainable are not used, but for rates")
+        unused = self.trainer.numbers.parts.keys() - self._used(self.schedule.steps)
+        notices.extend(f"{part}: no row has a picture, so it stays as it is" for part in sorted(unused))
         return [
             *self.resumed.notices(),
             *self.picked,

@@ -28,7 +28,7 @@ from ..data.vision import Vision
 from ..data.windows import fetched_sets
 from ..errors import DiskError
 from ..memory.shortage import telling
-from ..models.adapters import make_trainable, part_sizes, trained_parameters
+from ..models.adapters import make_trainable, trained_parameters
 from ..models.head import with_head
 from ..models.joining import with_weights
 from ..models.kernels import chosen_kernels, fuse
@@ -110,11 +110,11 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
             fuse(model, ["lora"])
         if plan.ranks.sequence > 1:
             share_rows(model, distributed.new_subgroups(plan.ranks.sequence)[0])
+        trained = [*trained_parameters(model, checkpoint.family)]  # of an adapter that is gone on with, its own parts
+        require_trained(recipe.trainable.lr.given, trained)
         cache = None
-        if recipe.memory.vision_cache != "off":  # an adapter that is gone on with says itself what trains
-            trained = {size.part for size in part_sizes(model, checkpoint.family) if size.trainable}
+        if recipe.memory.vision_cache != "off":
             cache = VisionCache(checkpoint, recipe, encoder, trained)
-        require_trained(recipe.trainable.lr.given, trained_parameters(model, checkpoint.family))
         broken = Broken(recipe, prepared)
         workers = training_arguments.dataloader_num_workers
         doing = Doing(workers, prepared.train.called), Doing(workers, (prepared.held_out or prepared.train).called)
@@ -130,7 +130,7 @@ def _load(plan: Plan, import_upstream: bool) -> Run:
     trainer.model_accepts_loss_kwargs = True
     trainer.remove_callback(PrinterCallback)
     run = Run(**vars(plan), trainer=trainer, head=head, kept=kept)
-    trainer.ranks, trainer.family, trainer.rates = plan.ranks, checkpoint.family, recipe.trainable.lr.given
+    trainer.ranks, trainer.rates = plan.ranks, recipe.trainable.lr.given
     trainer.seen_by = [path for part in ("projector", "vision_tower") for path in checkpoint.family.parts.get(part, ())]
     trainer.doing, trainer.doing_held_out = doing
     if held_out is not None:

@@ -31,8 +31,6 @@ from ..data.encode import IGNORE
 from ..data.labels import Labels
 from ..errors import ResumeError, one_line
 from ..metrics import Metrics, score_metrics
-from ..models.adapters import trained_parameters
-from ..models.family import Family
 from ..models.head import score_loss
 from ..models.lm_head import score_supervised
 from .checkpoints import fault, folder_of, rotate, written
@@ -62,12 +60,11 @@ SHARED = "shared.json"
 class Lasting(Trainer):
     """What a run adds to a trainer so that it survives: whole checkpoints, sound steps, workers that may die.
 
-    `numbers`, `family`, `doing` and `doing_held_out` are set before it trains.
+    `numbers`, `doing` and `doing_held_out` are set before it trains.
     """
 
     numbers: Numbers
     ranks: Ranks = ALONE
-    family: Family
     rates: Mapping[str, float] = {}
     """Learning rates of parts that have one of their own."""
     seen_by: Sequence[str] = ()
@@ -118,7 +115,7 @@ class Lasting(Trainer):
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made:
-            group_by_part(optimizer, trained_parameters(self.model, self.family), self.rates)
+            group_by_part(optimizer, self.numbers.parts, self.rates)
         return optimizer
 
     def _get_learning_rate(self) -> float:
